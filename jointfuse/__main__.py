@@ -1,0 +1,3 @@
+from jointfuse.cli import main
+
+main()

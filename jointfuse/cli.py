@@ -1,0 +1,97 @@
+"""The command `jointfuse`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from jointfuse.config import load_config, recipe_names
+from jointfuse.errors import UserError
+
+app = typer.Typer(
+    help="Train and evaluate joint-vector fusion of text and speech for emotion recognition in conversation.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings as section.key=value", show_default=False)]
+Recipe = Annotated[str, typer.Option(help="a recipe by name, or a path to a .yaml file")]
+Ranks = Annotated[int, typer.Option(min=1, help="processes on this machine, one a GPU")]
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    run: Annotated[Path, typer.Option(help="folder of the run, made by this command")],
+    ranks: Ranks = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the run's latest checkpoint")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train a recipe through the DeepSpeed launcher."""
+    from jointfuse.launch import check_train, launch_training
+
+    config = load_config(recipe, overrides or [])
+    check_train(config, run, resume, ranks)
+    print(config.to_yaml(), flush=True)
+    raise typer.Exit(launch_training(recipe, overrides or [], run, resume, ranks))
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="folder of a run")],
+    split: Annotated[str, typer.Option(help="split of the corpus")] = "test",
+    corpus: Annotated[str | None, typer.Option(help="another corpus with the same labels")] = None,
+    ranks: Ranks = 1,
+) -> None:
+    """Score the chosen model of a run and write a report page."""
+    import json
+
+    from jointfuse.evaluate.metrics import score_table
+    from jointfuse.evaluate.run import evaluate_run
+    from jointfuse.launch import launch_evaluation
+
+    folder = run / f"eval-{split}"
+    if ranks == 1:
+        evaluate_run(run, split, corpus)
+    elif status := launch_evaluation(run, split, corpus, ranks):
+        raise typer.Exit(status)
+    console = Console()
+    console.print(score_table(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))))
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def compare(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="folder of the experiment; runs it already holds are not repeated")],
+    ranks: Ranks = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="trainings a model; 3 or more for a figure to be quoted")] = 1,
+    overrides: Overrides = None,
+) -> None:
+    """Train and score text alone, audio alone and both."""
+    from jointfuse.experiments.modalities import compare_modalities
+
+    compare_modalities(recipe, overrides or [], out, ranks, seeds, Console())
+
+
+@app.command()
+def show(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Print the resolved settings of a recipe."""
+    print(load_config(recipe, overrides or []).to_yaml(), end="")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes."""
+    print("\n".join(recipe_names()))
+
+
+def main() -> None:
+    """Run the command line. A user's mistake is one line and exit status 2."""
+    try:
+        app()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

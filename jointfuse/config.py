@@ -1,0 +1,337 @@
+"""All settings of a run: YAML recipes load into these models, `section.key=value` overrides land in them.
+
+A setting lives in exactly one place. Stage, offload and precision belong to the DeepSpeed file named by
+`train.deepspeed`; batch, accumulation, clipping and learning rates belong to the recipe.
+"""
+
+import difflib
+import re
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from jointfuse.errors import UserError
+
+Part = Literal[
+    "text_encoder",  # the encoder whose hidden state enters the extractor
+    "extractor",  # the two transformer layers behind it
+    "language_stem",  # language layers run on the text alone before fusion
+    "language",  # LTrans of equations (2) and (3)
+    "vision_embed",  # patch projection, [CLS] and positions
+    "vision_stem",  # vision layers run on the audio alone before fusion
+    "vision",  # VTrans of equations (1) and (4), and the final norm
+    "joint",  # v, u, f and g
+    "heads",
+    "temperature",
+]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataSettings(Settings):
+    """What is read, and how much of each utterance."""
+
+    corpus: str = Field("", description="folder made by tools/build_shards.py")
+    max_seconds: Rate = Field(10.0, description="longer clips are cut, counted and reported", le=120)
+    max_tokens: Positive = Field(128, description="longer texts are cut, counted and reported", ge=4)
+    missing_modality: Literal["error", "allow"] = Field(
+        "error", description="allow: a sample without clip or text goes through the modality it has"
+    )
+    workers: Count = Field(1, description="decoding processes a rank")
+
+
+class ScratchSettings(Settings):
+    """A transformer built from random weights."""
+
+    width: Positive
+    layers: Positive
+    heads: Positive
+    vocabulary: Positive = Field(1000, description="language only: size of the BPE vocabulary trained on the corpus")
+    dropout: Share = 0.1
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        return self
+
+
+class BackboneSettings(Settings):
+    """Pretrained weights (a hub name or a local folder) or a transformer from scratch; exactly one of the two."""
+
+    weights: str | None = None
+    scratch: ScratchSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.weights is None) == (self.scratch is None):
+            raise ValueError("give either weights (a hub name or a local folder) or scratch (sizes), one of the two")
+        return self
+
+
+class TextEncoderSettings(BackboneSettings):
+    hidden_state: Positive | None = Field(None, description="which layer's output is used; the last one unless set")
+
+
+class ExtractorSettings(Settings):
+    """Feature extractor: linear d_enc -> width, transformer layers, linear width -> d_t. With 0 layers it is absent."""
+
+    layers: Count = 2
+    heads: Positive = 8
+    width: Positive = 1024
+    dropout: Share = 0.1
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        return self
+
+
+class StreamSettings(BackboneSettings):
+    """Where LTrans or VTrans come from: `blocks` layers of the checkpoint, after `stem_layers` unimodal ones."""
+
+    layers: Literal["first", "last"] = "first"
+    stem_layers: Count = 0
+
+
+class VisionSettings(StreamSettings):
+    patch: tuple[Positive, Positive] = Field((16, 16), description="mel bins x frames")
+    dropout: Share = Field(0.0, description="dropout of projections in the vision layers")
+    drop_path: Share = Field(0.0, description="stochastic depth of the vision layers")
+
+    @field_validator("patch")
+    @classmethod
+    def _patch_divides_bins(cls, patch: tuple[int, int]) -> tuple[int, int]:
+        if 80 % patch[0]:
+            raise ValueError("its first number must divide the 80 mel bins")
+        return patch
+
+
+class ModelSettings(Settings):
+    modality: Literal["both", "text", "audio"] = "both"
+    text_encoder: TextEncoderSettings
+    extractor: ExtractorSettings = ExtractorSettings()
+    language: StreamSettings
+    vision: VisionSettings
+    joint_vectors: Count = Field(4, description="J; 0 leaves two independent stacks")
+    blocks: Positive = Field(2, description="N joint-fusion blocks")
+    routing: Literal["modality", "literal"] = "modality"
+    dropout: Share = Field(0.0, description="dropout before the classification heads")
+
+
+class LossSettings(Settings):
+    icl_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="L = L_ERC + icl_weight * L_ICL")
+    temperature: Rate = 0.1
+    train_temperature: bool = False
+    normalize: bool = Field(True, description="false: the paper's raw dot products")
+
+
+class TrainSettings(Settings):
+    seed: Count = 0
+    deepspeed: str = Field("zero2", description="a file of ds_configs/ by name, or a path to a JSON file")
+    batch: Positive = Field(32, description="utterances a step, over all ranks and accumulation")
+    micro_batch: Positive | None = Field(None, description="utterances a rank holds at once; batch / ranks unless set")
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    evaluate_every: str = "1 epoch"
+    save_every: str = "1 epoch"
+    keep_checkpoints: Positive = 2
+    patience: Positive | None = Field(None, description="stop after so many evaluations on dev without a better one")
+    optimizer: Literal["adam", "adamw"] = "adam"
+    lr: Rate = 1e-4
+    part_lr: dict[Part, Rate] = Field({}, description="learning rates of single parts")
+    freeze: list[Part] = Field(["text_encoder"], description="parts that are not trained")
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    epsilon: Rate = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="never on norms, biases and temperature")
+    warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises")
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0 turns clipping off")
+    checkpointing: bool = Field(False, description="recompute layers in the backward pass")
+    init_from: str | None = Field(None, description="folder of an exported model (RUN/best) to start from")
+
+    @field_validator("evaluate_every", "save_every")
+    @classmethod
+    def _interval(cls, text: str) -> str:
+        parse_interval(text)
+        return text
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps, one of the two")
+        return self
+
+
+class Config(Settings):
+    """The resolved settings of one run."""
+
+    recipe: str = ""
+    data: DataSettings = DataSettings()
+    model: ModelSettings
+    loss: LossSettings = LossSettings()
+    train: TrainSettings
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.train.micro_batch and self.train.batch % self.train.micro_batch:
+            raise ValueError(
+                f"train.micro_batch {self.train.micro_batch} does not divide train.batch {self.train.batch}"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def parse_interval(text: str) -> tuple[int, Literal["epoch", "step"]]:
+    """'1 epoch', '200 steps' -> (count, unit). Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*([1-9]\d*)\s+(epoch|step)s?\s*", text)
+    if not match:
+        raise ValueError("write a number and a unit: '1 epoch', '3 epochs' or '200 steps'")
+    unit: Literal["epoch", "step"] = "epoch" if match[2] == "epoch" else "step"
+    return int(match[1]), unit
+
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """A recipe by name or path, with `section.key=value` overrides on top.
+
+    Raises:
+        UserError: an unknown recipe or key (its nearest neighbour is named), a wrong value (key, value and what is
+            allowed are named), a file that is not YAML.
+    """
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{recipe}.yaml"
+        if not path.exists():
+            raise UserError(
+                f"there is no recipe '{recipe}'{_neighbour(recipe, recipe_names())}; "
+                f"recipes: {', '.join(recipe_names())}, or a path to a .yaml file"
+            )
+    tree = read_yaml(path)
+    tree.setdefault("recipe", path.stem)
+    for override in overrides:
+        _apply(tree, override)
+    return validate(tree, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, safely loaded. Raises UserError if it is missing or is not a mapping."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections (data, model, loss, train), found {type(tree).__name__}")
+    return tree
+
+
+def validate(tree: dict[str, Any], origin: str) -> Config:
+    """The settings in `tree`. Raises UserError naming `origin`, the key, the value and what is allowed."""
+    _refuse_unknown(tree, Config, "", origin)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "settings"
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        shown = "" if isinstance(first["input"], dict | BaseModel) else f" = {first['input']!r}"
+        raise UserError(f"{origin}: {key}{shown}: {message}") from error
+
+
+def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with (old, new)."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    }
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override '{override}': write section.key=value, for example train.lr=3e-5")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise UserError(f"override '{override}': '{text}' is not a YAML value") from error
+    *sections, last = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.get(section)
+        if child is None:
+            child = node[section] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override '{override}': '{section}' is a value, not a section")
+        node = child
+    # A backbone has one source: naming the other one replaces it.
+    if last in ("weights", "scratch") or (sections and sections[-1] == "scratch"):
+        owner, chosen = (node, last) if last in ("weights", "scratch") else (_owner(tree, sections), "scratch")
+        if value is not None:
+            owner["scratch" if chosen == "weights" else "weights"] = None
+    if key in ("train.epochs", "train.steps") and value is not None:
+        node["steps" if last == "epochs" else "epochs"] = None
+    node[last] = value
+
+
+def _owner(tree: dict[str, Any], sections: list[str]) -> dict[str, Any]:
+    node = tree
+    for section in sections[:-1]:
+        node = node[section]
+    return node
+
+
+def _refuse_unknown(tree: dict[str, Any], model: type[BaseModel], prefix: str, origin: str) -> None:
+    for key, value in tree.items():
+        field = model.model_fields.get(key)
+        if field is None:
+            known = [prefix + name for name in model.model_fields]
+            raise UserError(
+                f"{origin}: unknown setting '{prefix}{key}'{_neighbour(f'{prefix}{key}', known)}; "
+                f"known here: {', '.join(model.model_fields)}"
+            )
+        inner = _model_in(field.annotation)
+        if inner and isinstance(value, dict):
+            _refuse_unknown(value, inner, f"{prefix}{key}.", origin)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _neighbour(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f", did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,1 @@
+"""Corpora, shards, the training order and the front end."""

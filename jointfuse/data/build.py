@@ -1,0 +1,356 @@
+"""From dialogues to a corpus folder: in parallel, resumable, and with the same bytes every time.
+
+A corpus file under `corpora/` lists rows and knows how to make their sound; everything after that happens here. Each
+shard is one job. A job writes its tar and then its sidecar, each under a temporary name first; the sidecar carries a
+fingerprint of the rows, by which a later run recognises finished shards. corpus.json is written last.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jointfuse.data.index import FORMAT, index_rows, mel_statistics, replacing, shard_name, write_json
+from jointfuse.data.parallel import cores, processes, progress
+from jointfuse.data.shards import Utterance, write_tar
+from jointfuse.errors import UserError
+
+NO_MEL = {"count": 0, "sum": 0.0, "squares": 0.0}
+BUILDER = 1  # raised whenever the same rows would give other bytes
+SHARD_FILE = re.compile(r"shard-\d{6,}\.(tar|json)|\.(shard-\d{6,}\.(tar|json)|index\.bin)\.part|index\.bin")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One utterance to come. `start` and `end` are seconds in the dialogue's recording, or None."""
+
+    dialogue: str
+    turn: int
+    speaker: str
+    label: int
+    text: str
+    clip: Any  # what the corpus's `render` needs to make the sound; None: no clip
+    identity: str  # names the sound for the fingerprint, without paths of this machine
+    origin: str  # for messages: where the row comes from
+    start: float | None = None
+    end: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # further entries of the sample's JSON
+
+
+Render = Callable[[Sequence[Row]], Iterator[np.ndarray | None]]
+
+
+@dataclass(frozen=True)
+class CorpusSpec:
+    """Everything a corpus will hold, before any sound is made.
+
+    `render` turns the rows of one shard, in order, into waveforms (S,) float32 at 16 kHz (None: no clip). It runs in
+    another process, so it must be importable by name.
+    """
+
+    name: str
+    labels: Sequence[str]
+    splits: dict[str, list[list[Row]]]  # split -> dialogues -> turns in order
+    render: Render
+    source: str
+    licence: str
+    description: str
+    synthetic: bool = False
+    fresh_process: bool = False  # one new process a shard, for synthesisers whose output depends on earlier calls
+
+
+class MelSums:
+    """Running sums over every value of every clip's log-mel, for the corpus's mean and deviation."""
+
+    def __init__(self) -> None:
+        import torch
+
+        from jointfuse.data.features import log_mel
+
+        # One job is one process; more threads would only fight over the same cores and reorder the sums.
+        torch.set_num_threads(1)
+        self._log_mel, self._from_numpy = log_mel, torch.from_numpy
+        self.count, self.sum, self.squares = 0, 0.0, 0.0
+
+    def add(self, waveform: np.ndarray) -> None:
+        mel = self._log_mel(self._from_numpy(waveform)).double()
+        self.count += mel.numel()
+        self.sum += float(mel.sum())
+        self.squares += float(mel.square().sum())
+
+
+@dataclass(frozen=True)
+class _Job:
+    path: Path  # of the tar
+    rows: list[Row]
+    keys: list[str]
+    labels: Sequence[str]
+    render: Render
+    with_mel: bool
+    fingerprint: str
+
+
+def build(
+    spec: CorpusSpec, out: str | os.PathLike[str], workers: int | None = None, samples_per_shard: int = 500
+) -> dict:
+    """Write `spec` as a corpus folder and return the content of its corpus.json.
+
+    The bytes written do not depend on `workers` (default: one a core) or on how often the build was interrupted.
+
+    Raises:
+        UserError: the rows contradict each other (nothing is written then), a clip cannot be used, `out` is taken, or
+            the disk is full. Finished shards stay for the next run of the same command; corpus.json is not written.
+    """
+    out = Path(out)
+    if samples_per_shard < 1 or (workers is not None and workers < 1):
+        raise UserError("--samples-per-shard and --workers are at least 1")
+    check(spec)
+    _check_free(spec, out)
+    jobs = {split: list(_jobs(spec, split, out / split, samples_per_shard)) for split in spec.splits}
+    existed = out.is_dir()
+    try:
+        for split in spec.splits:
+            (out / split).mkdir(parents=True, exist_ok=True)
+        with _locked(out):
+            for split, expected in jobs.items():
+                _remove_leftovers(out / split, expected)
+            every = [job for expected in jobs.values() for job in expected]
+            _run(every, workers or cores(), spec.fresh_process, f"building {spec.name}")
+            return _finish(spec, out, jobs)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(f"{out}: {error.strerror}; make room and run the same command again to go on") from error
+        raise
+    finally:
+        for folder in [out / split for split in spec.splits] + ([] if existed else [out]):
+            with suppress(OSError):
+                folder.rmdir()  # succeeds only where nothing was finished
+
+
+def check(spec: CorpusSpec) -> None:
+    """Refuse rows that cannot become a corpus.
+
+    Raises:
+        UserError: no training split, an empty split, fewer than two classes, a turn twice, a dialogue in two splits.
+    """
+    if "train" not in spec.splits:
+        raise UserError(f"{spec.name}: no training split (`train`); there is {', '.join(spec.splits) or 'none at all'}")
+    if len(spec.labels) < 2:
+        raise UserError(f"{spec.name}: only one class, {spec.labels[0]!r}; a classifier needs two or more")
+    home: dict[str, tuple[str, str]] = {}
+    for split, dialogues in spec.splits.items():
+        if not dialogues:
+            raise UserError(f"{spec.name}: split {split!r} has no utterances; leave it out or fill it")
+        for dialogue in dialogues:
+            first = dialogue[0]
+            other, origin = home.setdefault(first.dialogue, (split, first.origin))
+            if other != split:
+                raise UserError(
+                    f"{first.origin}: dialogue {first.dialogue!r} is in {split} and in {other} ({origin}); "
+                    "keep a dialogue in one split, or, if every table numbers its own, give --dialogues-per-table"
+                )
+            turns: dict[int, Row] = {}
+            for row in dialogue:
+                if turns.setdefault(row.turn, row) is not row:
+                    raise UserError(
+                        f"{row.origin}: turn {row.turn} of dialogue {row.dialogue!r} was given before "
+                        f"({turns[row.turn].origin}); number the turns of a dialogue once each"
+                    )
+
+
+def _check_free(spec: CorpusSpec, out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: exists and is not a folder; choose another --out")
+    if (out / "corpus.json").exists():
+        raise UserError(f"{out}: holds a finished corpus already; choose another --out or delete it first")
+    ours = {*spec.splits, ".corpus.json.part"}
+    foreign = sorted({entry.name for entry in out.iterdir()} - ours) if out.is_dir() else []
+    if foreign:
+        raise UserError(f"{out}: holds {foreign[0]!r}, which is no part of this build; choose an empty --out")
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+def _jobs(spec: CorpusSpec, split: str, folder: Path, samples_per_shard: int) -> Iterator[_Job]:
+    """Fill shards with whole dialogues, in order; one longer than a shard gets a shard of its own."""
+    keys = _dialogue_keys(split, [dialogue[0].dialogue for dialogue in spec.splits[split]])
+    shards: list[list[Row]] = [[]]
+    for dialogue in spec.splits[split]:
+        if shards[-1] and len(shards[-1]) + len(dialogue) > samples_per_shard:
+            shards.append([])
+        shards[-1].extend(sorted(dialogue, key=lambda row: row.turn))
+    for number, rows in enumerate(shards):
+        names = [f"{keys[row.dialogue]}_{row.turn:03d}" for row in rows]
+        described = [
+            [key, row.dialogue, row.turn, row.speaker, row.label, row.text, row.start, row.end, row.extra, row.identity]
+            for key, row in zip(names, rows, strict=True)
+        ]
+        content = json.dumps([FORMAT, BUILDER, split, list(spec.labels), described], sort_keys=True)
+        fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        yield _Job(folder / shard_name(number), rows, names, spec.labels, spec.render, split == "train", fingerprint)
+
+
+def _dialogue_keys(split: str, dialogues: list[str]) -> dict[str, str]:
+    """Dialogue -> a start for its keys: unique, short enough for a tar header, without dots, slashes or spaces."""
+    keys: dict[str, str] = {}
+    taken: set[str] = set()
+    for dialogue in dialogues:
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", dialogue)[:48]
+        base = key = name if name.startswith(f"{split}_") else f"{split}_{name}"
+        number = 2
+        while key in taken:
+            key, number = f"{base}-{number}", number + 1
+        taken.add(key)
+        keys[dialogue] = key
+    return keys
+
+
+def _remove_leftovers(folder: Path, expected: list[_Job]) -> None:
+    """Delete what earlier, unfinished runs left and this one will not use."""
+    keep = {path.name for job in expected for path in (job.path, job.path.with_suffix(".json"))}
+    for path in folder.iterdir():
+        if path.name not in keep and SHARD_FILE.fullmatch(path.name):
+            path.unlink()
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep two builds out of one folder. The lock leaves no file and ends with the process."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"{folder}: another build is writing here; wait for it or choose another --out") from error
+    finally:
+        os.close(descriptor)
+
+
+def _finished(job: _Job) -> bool:
+    try:
+        sidecar = json.loads(job.path.with_suffix(".json").read_text(encoding="utf-8"))
+        return sidecar["source"] == job.fingerprint and job.path.stat().st_size == sidecar["bytes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _work(job: _Job) -> None:
+    sidecar_path = job.path.with_suffix(".json")
+    sidecar_path.unlink(missing_ok=True)  # a stale one must never stand beside a new tar
+    mel = MelSums() if job.with_mel and any(row.clip is not None for row in job.rows) else None
+    sidecar = write_tar(job.path, _utterances(job), mel)
+    sidecar["source"] = job.fingerprint
+    if job.with_mel:
+        sidecar["mel"] = {"count": mel.count, "sum": mel.sum, "squares": mel.squares} if mel else NO_MEL
+    write_json(sidecar_path, sidecar)
+
+
+def _utterances(job: _Job) -> Iterator[Utterance]:
+    for key, row, waveform in zip(job.keys, job.rows, job.render(job.rows), strict=True):
+        if waveform is not None and (waveform.size == 0 or not np.isfinite(waveform).all()):
+            raise UserError(f"{row.origin}: the clip is empty or holds values that are not numbers; replace it")
+        meta = {
+            "label": row.label,
+            "emotion": job.labels[row.label],
+            "speaker": row.speaker,
+            "dialogue": row.dialogue,
+            "turn": row.turn,
+            "start": row.start,
+            "end": row.end,
+            **row.extra,
+        }
+        yield Utterance(key, row.text, waveform, row.label, row.speaker, row.dialogue, row.turn, meta)
+
+
+def _work_alone(job: _Job) -> None:
+    """_work in a process of its own. (Python 3.11's max_tasks_per_child=1 would do, but can hang: gh-115634.)"""
+    with processes(1) as pool:
+        pool.submit(_work, job).result()
+
+
+def _run(jobs: list[_Job], workers: int, fresh_process: bool, title: str) -> None:
+    """Do the jobs that are not done yet. The first error ends the run once the jobs under way are through."""
+    todo = [job for job in jobs if not _finished(job)]
+    with progress(title, len(jobs), len(jobs) - len(todo)) as advance:
+        if not todo:
+            return
+        workers = min(workers, len(todo))
+        pool: Executor = ThreadPoolExecutor(workers) if fresh_process else processes(workers)
+        try:
+            for future in as_completed([pool.submit(_work_alone if fresh_process else _work, job) for job in todo]):
+                future.result()
+                advance()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a building process was killed, probably for want of memory; try again with a smaller --workers"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- finish
+
+
+def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[str, Any]:
+    speakers = sorted({row.speaker for split in spec.splits.values() for dialogue in split for row in dialogue})
+    mean, deviation = 0.0, 1.0
+    splits = {}
+    for split, expected in jobs.items():
+        sidecars = [json.loads(job.path.with_suffix(".json").read_text(encoding="utf-8")) for job in expected]
+        with replacing(out / split / "index.bin") as file:
+            file.write(index_rows(sidecars, speakers).tobytes())
+        samples = [sample for sidecar in sidecars for sample in sidecar["samples"]]
+        counts = Counter(sample["emotion"] for sample in samples)
+        splits[split] = {
+            "samples": len(samples),
+            "dialogues": len(spec.splits[split]),
+            "seconds": round(sum(sample["duration"] for sample in samples), 3),
+            "label_counts": {label: counts[label] for label in spec.labels},
+            "speakers": sorted({sample["speaker"] for sample in samples}),
+            "shards": [
+                {
+                    "name": job.path.name,
+                    "samples": len(sidecar["samples"]),
+                    "bytes": sidecar["bytes"],
+                    "sha256": sidecar["sha256"],
+                }
+                for job, sidecar in zip(expected, sidecars, strict=True)
+            ],
+        }
+        if split == "train":
+            mean, deviation = mel_statistics(sidecars)
+    info = {
+        "format": FORMAT,
+        "builder": BUILDER,
+        "name": spec.name,
+        "description": spec.description,
+        "source": spec.source,
+        "licence": spec.licence,
+        "synthetic": spec.synthetic,
+        "labels": list(spec.labels),
+        "mel": {"mean": mean, "deviation": deviation},
+        "splits": splits,
+        "speakers": speakers,
+    }
+    write_json(out / "corpus.json", info)
+    return info

@@ -1,0 +1,91 @@
+"""What stands beside the tars: the index of a split, the mel statistics, and how such files are put in place."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+FORMAT = 1  # of the folder; a reader refuses any other
+INDEX_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("offset", "<u8"),  # first byte of the sample's first tar header
+        ("size", "<u4"),  # bytes of all its members, headers and padding included
+        ("duration_ms", "<u4"),  # 0: no clip
+        ("characters", "<u4"),  # 0: no text
+        ("label", "<u2"),
+        ("speaker", "<u4"),  # position in the corpus's list of speakers
+        ("dialogue", "<u4"),  # running number within the split
+        ("turn", "<u4"),
+    ]
+)
+
+
+def index_rows(sidecars: Iterable[dict[str, Any]], speakers: Sequence[str]) -> np.ndarray:
+    """A split's index, (samples,) of INDEX_DTYPE, from its sidecars in shard order and the corpus's speakers."""
+    number_of = {speaker: number for number, speaker in enumerate(speakers)}
+    rows = []
+    dialogue, last = -1, None
+    for shard, sidecar in enumerate(sidecars):
+        for sample in sidecar["samples"]:
+            if sample["dialogue"] != last:
+                dialogue, last = dialogue + 1, sample["dialogue"]
+            # A clip of under half a millisecond is still a clip.
+            milliseconds = max(1, round(sample["duration"] * 1000)) if sample["duration"] else 0
+            rows.append(
+                (
+                    shard,
+                    sample["offset"],
+                    sample["size"],
+                    milliseconds,
+                    sample["characters"],
+                    sample["label"],
+                    number_of[sample["speaker"]],
+                    dialogue,
+                    sample["turn"],
+                )
+            )
+    return np.array(rows, dtype=INDEX_DTYPE)
+
+
+def mel_statistics(sidecars: Iterable[dict[str, Any]]) -> tuple[float, float]:
+    """Mean and deviation of every log-mel value of the training split, from the sums in its sidecars.
+
+    Without a single clip, (0, 1): the numbers that change nothing.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for sums in (sidecar["mel"] for sidecar in sidecars):
+        count, total, squares = count + sums["count"], total + sums["sum"], squares + sums["squares"]
+    if not count:
+        return 0.0, 1.0
+    mean = total / count
+    return mean, math.sqrt(max(squares / count - mean**2, 0.0)) or 1.0
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under `path` only once it is whole and on disk; on an error nothing is left."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as readable JSON, replacing `path` in one step."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"

@@ -1,0 +1,59 @@
+"""Worker processes and a progress display, for work that is one job a shard."""
+
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processes(workers: int) -> ProcessPoolExecutor:
+    """A pool of fresh interpreters that outlive neither their parent nor a Ctrl-C."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    """Let the parent alone answer Ctrl-C, and end when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@contextmanager
+def progress(title: str, total: int, done: int) -> Iterator[Callable[[], None]]:
+    """A live bar in a terminal, one line at a time elsewhere; both on standard error."""
+    if sys.stderr.isatty():
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(title, total=total, completed=done)
+            yield lambda: bar.advance(task)
+        return
+    count = done
+
+    def advance() -> None:
+        nonlocal count
+        count += 1
+        if count == total or count % math.ceil(total / 20) == 0:
+            print(f"{title}: {count} of {total} shards", file=sys.stderr, flush=True)
+
+    if done:
+        print(f"{title}: {done} of {total} shards are there already", file=sys.stderr, flush=True)
+    yield advance

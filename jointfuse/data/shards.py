@@ -1,0 +1,346 @@
+"""A corpus on disk: WebDataset tars with an index beside them. The format, the shard writer and the readers.
+
+    corpus.json              labels in order, splits, counts, mel mean and deviation, source, licence
+    train/shard-000000.tar   KEY.flac (16 kHz mono) · KEY.json · KEY.txt, sample after sample
+    train/shard-000000.json  sidecar: byte span, duration, label, speaker, dialogue of every sample; the tar's SHA-256
+    train/index.bin          the split as one memory-mapped array of INDEX_DTYPE
+
+A dialogue is contiguous, in turn order, and lies in one shard. Nothing read from a corpus is unpickled, and no name
+inside a tar is used as a path.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import soundfile
+
+from jointfuse.data.index import FORMAT, INDEX_DTYPE, replacing
+from jointfuse.errors import UserError
+
+SAMPLE_RATE = 16_000  # Hz; features.SAMPLE_RATE, repeated here because importing that module imports torch
+OPEN_TARS = 64  # kept open by one Split in one process
+SIDECARS_KEPT = 8
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One turn of a dialogue.
+
+    `waveform` is (S,) float32 in [-1, 1] at 16 kHz, or None without a clip; `text` is empty without a text;
+    `meta` is the sample's whole JSON member.
+    """
+
+    key: str
+    text: str
+    waveform: np.ndarray | None
+    label: int
+    speaker: str
+    dialogue: str
+    turn: int
+    meta: dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+class Accumulator(Protocol):
+    """Something that sees every clip as it will be read back, such as build.MelSums."""
+
+    def add(self, waveform: np.ndarray) -> None: ...
+
+
+class _HashingFile:
+    """A binary file that hashes what passes through it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        self.bytes += len(data)
+        return self.file.write(data)
+
+
+def write_tar(path: Path, utterances: Iterable[Utterance], seen: Accumulator | None = None) -> dict[str, Any]:
+    """Write one tar and return its sidecar: {"sha256", "bytes", "samples": [...]}.
+
+    The bytes depend on the utterances alone: members are sorted, times, owners and modes fixed. `seen.add` receives
+    every clip after its rounding to 16 bits.
+    """
+    import webdataset
+
+    samples = []
+    with replacing(path) as file:
+        hashing = _HashingFile(file)
+        with webdataset.TarWriter(hashing, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
+            for utterance in utterances:
+                offset = tar.tarstream.offset
+                members: dict[str, Any] = {
+                    "__key__": utterance.key,
+                    "txt": utterance.text.encode(),
+                    "json": json.dumps(utterance.meta, ensure_ascii=False, sort_keys=True).encode(),
+                }
+                duration = 0.0
+                if utterance.waveform is not None:
+                    pcm = np.clip(np.rint(utterance.waveform * 32768.0), -32768, 32767).astype(np.int16)
+                    flac = io.BytesIO()
+                    soundfile.write(flac, pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+                    members["flac"] = flac.getvalue()
+                    duration = len(pcm) / SAMPLE_RATE
+                    if seen is not None:
+                        seen.add(pcm.astype(np.float32) / 32768.0)
+                tar.write(members)
+                samples.append(
+                    {
+                        "key": utterance.key,
+                        "offset": offset,
+                        "size": tar.tarstream.offset - offset,
+                        "duration": duration,
+                        "characters": len(utterance.text),
+                        "label": utterance.label,
+                        "emotion": utterance.meta["emotion"],
+                        "speaker": utterance.speaker,
+                        "dialogue": utterance.dialogue,
+                        "turn": utterance.turn,
+                    }
+                )
+    return {"sha256": hashing.hash.hexdigest(), "bytes": hashing.bytes, "samples": samples}
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+class _Handle:
+    """A file descriptor that closes when its last user lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """A shard's sidecar. Raises UserError."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content["samples"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: the shard's sidecar cannot be read ({error}); build the corpus again") from error
+    return content
+
+
+def decode_flac(data: bytes) -> np.ndarray:
+    """FLAC bytes to (S,) float32. Raises ValueError unless they are a finite, non-empty 16 kHz mono clip."""
+    try:
+        waveform, rate = soundfile.read(io.BytesIO(data), dtype="float32")
+    except soundfile.SoundFileError as error:
+        raise ValueError(f"its audio does not decode: {error}") from error
+    if rate != SAMPLE_RATE or waveform.ndim != 1:
+        raise ValueError(f"its audio is not {SAMPLE_RATE} Hz mono")
+    if waveform.size == 0 or not np.isfinite(waveform).all():
+        raise ValueError("its audio is empty or not finite")
+    return waveform
+
+
+def _members(data: bytes) -> tuple[str, dict[str, bytes]]:
+    """Key and {extension: content} of one sample's bytes. Raises ValueError."""
+    keys, members = set(), {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                content = tar.extractfile(member)
+                if content is None:
+                    raise ValueError(f"{member.name!r} is not a file")
+                keys.add(key)
+                members[extension] = content.read()
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(f"not a piece of a tar: {error}") from error
+    if len(keys) != 1:
+        raise ValueError(f"its bytes hold {len(keys)} samples instead of one")
+    return keys.pop(), members
+
+
+def parse_utterance(data: bytes, audio: bool = True) -> Utterance:
+    """One sample's bytes, tar headers included, decoded. Raises ValueError saying what is wrong with them."""
+    key, members = _members(data)
+    clip = members.get("flac") if audio else None
+    try:
+        meta = json.loads(members["json"])
+        return Utterance(
+            key=key,
+            text=members["txt"].decode(),
+            waveform=None if clip is None else decode_flac(clip),
+            label=int(meta["label"]),
+            speaker=meta["speaker"],
+            dialogue=meta["dialogue"],
+            turn=int(meta["turn"]),
+            meta=meta,
+        )
+    except KeyError as error:
+        raise ValueError(f"{error} is missing") from error
+    except TypeError as error:
+        raise ValueError(f"its JSON is not as it should be: {error}") from error
+
+
+class Split:
+    """One split of a corpus, sample by sample. May be pickled and forked: files are opened where they are read."""
+
+    def __init__(self, corpus: Path, name: str, info: dict[str, Any]) -> None:
+        self.corpus, self.name, self.info = corpus, name, info
+        self.folder = corpus / name
+        self.shards = [self.folder / shard["name"] for shard in info["shards"]]
+        self._first = [0, *accumulate(shard["samples"] for shard in info["shards"])]  # sample of each shard
+        self._index: np.memmap | None = None
+        self._handles: dict[int, _Handle] = {}
+        self._keys: dict[int, list[str]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled memmap would carry the whole index.
+        return {**self.__dict__, "_index": None, "_handles": {}, "_keys": {}}
+
+    def __len__(self) -> int:
+        return int(self.info["samples"])
+
+    @property
+    def index(self) -> np.memmap:
+        """(samples,) of INDEX_DTYPE, memory-mapped."""
+        if self._index is None:
+            path = self.folder / "index.bin"
+            try:
+                index = np.memmap(path, dtype=INDEX_DTYPE, mode="r")
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path}: the index cannot be read ({error}); build the corpus again") from error
+            if len(index) != len(self):
+                raise UserError(f"{path}: {len(index)} entries, corpus.json says {len(self)}; build the corpus again")
+            self._index = index
+        return self._index
+
+    def sample(self, i: int, audio: bool = True) -> Utterance:
+        """Sample `i`, its clip decoded if `audio`. Raises UserError with shard, key and offset if it is damaged."""
+        data = self._read(i)
+        try:
+            return parse_utterance(data, audio)
+        except ValueError as error:
+            raise self._damaged(i, str(error)) from error
+
+    def audio_bytes(self, i: int) -> bytes | None:
+        """Sample `i`'s clip as it is stored (FLAC), or None without a clip."""
+        data = self._read(i)
+        try:
+            return _members(data)[1].get("flac")
+        except ValueError as error:
+            raise self._damaged(i, str(error)) from error
+
+    def key(self, i: int) -> str:
+        """Sample `i`'s key, from the shard's sidecar."""
+        shard = int(self.index[i]["shard"])
+        keys = self._keys.get(shard)
+        if keys is None:
+            if len(self._keys) >= SIDECARS_KEPT:
+                self._keys.clear()
+            sidecar = read_sidecar(self.shards[shard].with_suffix(".json"))
+            keys = self._keys[shard] = [sample["key"] for sample in sidecar["samples"]]
+        return keys[i % len(self) - self._first[shard]]
+
+    def _read(self, i: int) -> bytes:
+        entry = self.index[i]
+        shard, offset, size = int(entry["shard"]), int(entry["offset"]), int(entry["size"])
+        try:
+            handle = self._handles.get(shard)
+            if handle is None:
+                if len(self._handles) >= OPEN_TARS:
+                    self._handles.clear()
+                handle = self._handles[shard] = _Handle(self.shards[shard])
+            data = os.pread(handle.descriptor, size, offset)
+        except (OSError, IndexError) as error:
+            raise self._damaged(i, str(error)) from error
+        if len(data) < size:
+            raise self._damaged(i, f"the file ends {size - len(data)} bytes early")
+        return data
+
+    def _damaged(self, i: int, why: str) -> UserError:
+        place = f"{self.folder}: sample {i}"
+        with suppress(UserError, LookupError):
+            entry = self.index[i]
+            place = f"{self.shards[int(entry['shard'])]}: sample {i} at byte {int(entry['offset'])}"
+            place = f"{self.shards[int(entry['shard'])]}: sample {self.key(i)} at byte {int(entry['offset'])}"
+        return UserError(f"{place} cannot be read ({why}); `tools/verify_shards.py {self.corpus}` lists every damage")
+
+
+class Corpus:
+    """A finished corpus folder."""
+
+    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+        self.path, self.info = path, info
+        self.name: str = info["name"]
+        self.labels: list[str] = info["labels"]
+        self.speakers: list[str] = info["speakers"]
+        self.mel_mean = float(info["mel"]["mean"])
+        self.mel_deviation = float(info["mel"]["deviation"])
+        self.splits: list[str] = list(info["splits"])
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], check_sizes: bool = True) -> "Corpus":
+        """Open the corpus in folder `path`; `check_sizes` looks at every shard's size, without reading it.
+
+        Raises:
+            UserError: there is no finished corpus of this format there, or a shard is missing or of another size.
+        """
+        path = Path(path)
+        file = path / "corpus.json"
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder; a corpus is made by `tools/build_shards.py`")
+        if not file.is_file():
+            raise UserError(
+                f"{path}: no corpus.json, so this is no corpus or its building never ended; "
+                "run the `tools/build_shards.py` command that makes it (again)"
+            )
+        try:
+            info = json.loads(file.read_text(encoding="utf-8"))
+            found = info.get("format")
+            if found != FORMAT:
+                raise UserError(f"{file}: format {found}, this version reads format {FORMAT}; build the corpus again")
+            corpus = cls(path, info)
+            for split, content in info["splits"].items():
+                if any(Path(name).name != name for name in (split, *(shard["name"] for shard in content["shards"]))):
+                    raise UserError(f"{file}: names a shard outside its folder; do not trust this corpus")
+            if check_sizes:
+                corpus._check_sizes()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{file}: not a corpus description ({error!r}); build the corpus again") from error
+        return corpus
+
+    def split(self, name: str) -> Split:
+        """The split called `name`. Raises UserError with the names there are."""
+        if name not in self.info["splits"]:
+            raise UserError(f"{self.path}: no split {name!r}; there are {', '.join(self.splits)}")
+        return Split(self.path, name, self.info["splits"][name])
+
+    def _check_sizes(self) -> None:
+        for split, info in self.info["splits"].items():
+            for shard in info["shards"]:
+                path = self.path / split / shard["name"]
+                try:
+                    size = path.stat().st_size
+                except OSError as error:
+                    raise UserError(f"{path}: {error.strerror}; copy the corpus again or build it again") from error
+                if size != shard["bytes"]:
+                    raise UserError(
+                        f"{path}: {size} bytes, corpus.json says {shard['bytes']}: truncated or replaced; "
+                        "copy the corpus again or build it again"
+                    )

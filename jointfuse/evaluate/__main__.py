@@ -1,0 +1,26 @@
+"""One rank of an evaluation, started by the DeepSpeed launcher."""
+
+import argparse
+from pathlib import Path
+
+from jointfuse.ranks import rank_main
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="jointfuse.evaluate", description="One rank of an evaluation.")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--corpus", help="another corpus with the same labels")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    chosen = parser.parse_args()
+
+    def work() -> None:
+        from jointfuse.evaluate.run import evaluate_run
+
+        evaluate_run(chosen.run, chosen.split, chosen.corpus)
+
+    rank_main(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""A split through a network, on one rank or many: the same predictions either way."""
+
+import numpy as np
+import torch
+
+from jointfuse.data.plan import evaluation_batches
+from jointfuse.data.stream import UtteranceReader, stream
+from jointfuse.evaluate.metrics import Predictions
+from jointfuse.losses.gather import gather_rows, world_size
+from jointfuse.model.network import Network
+
+EVALUATION_BATCH = 32  # utterances a rank holds at once
+
+
+@torch.no_grad()
+def predict(network: Network, reader: UtteranceReader, workers: int) -> Predictions:
+    """Predictions of a whole split, in index order, on every rank.
+
+    The batches do not depend on the number of ranks; those that only keep ranks in step are dropped. Every rank calls
+    it. The network's mode is restored afterwards.
+    """
+    device = next(network.parameters()).device
+    index = reader.split.index
+    lengths = index["duration_ms"] if network.reads_audio else index["characters"]
+    rank = torch.distributed.get_rank() if world_size() > 1 else 0
+    training = network.training
+    network.eval()
+    rows: list[tuple[torch.Tensor, ...]] = []
+    for batch in stream(reader, evaluation_batches(lengths, EVALUATION_BATCH, world_size(), rank), workers):
+        batch = batch.to(device)
+        logits, features = network(batch)
+        kept = batch.valid
+        rows.append((batch.ids[kept], batch.labels[kept], logits[kept], features[kept]))
+    network.train(training)
+    ids, labels, logits, features = (
+        torch.cat(gather_rows(torch.cat(part))).cpu().numpy() for part in zip(*rows, strict=True)
+    )
+    order = np.argsort(ids)
+    assert np.array_equal(ids[order], np.arange(len(index))), "every utterance exactly once"
+    return Predictions(labels=labels[order], logits=logits[order], features=features[order])

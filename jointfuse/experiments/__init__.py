@@ -1,0 +1,1 @@
+"""Experiments someone would run: several trainings, one table."""

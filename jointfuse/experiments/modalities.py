@@ -1,0 +1,120 @@
+"""Text alone, audio alone and both: the same recipe three times, over several seeds, chosen on dev, scored on test."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jointfuse.config import load_config
+from jointfuse.errors import UserError
+from jointfuse.evaluate.metrics import HEADLINES, summary_table
+from jointfuse.evaluate.report import write_comparison
+from jointfuse.evaluate.run import evaluate_run
+from jointfuse.launch import check_train, launch_training
+
+MODALITIES = {"text": "text", "audio": "audio", "both": "text + audio"}
+
+
+def compare_modalities(
+    recipe: str, overrides: list[str], out: Path, ranks: int, seeds: int, console: Console
+) -> dict[str, Any]:
+    """Train and score every modality with seeds 0 to `seeds` - 1; write OUT/results.json and OUT/comparison.html.
+
+    A run of OUT that is finished is not trained again, one that was interrupted is resumed.
+
+    Returns:
+        results.json: for each modality its test scores by seed, and their mean and deviation.
+
+    Raises:
+        UserError: bad settings, or a training that failed.
+    """
+    scores: dict[str, list[dict[str, Any]]] = {name: [] for name in MODALITIES}
+    seconds: dict[str, float] = {}
+    for seed in range(seeds):
+        for modality, title in MODALITIES.items():
+            run = out / f"{modality}-seed{seed}"
+            settings = [*overrides, f"model.modality={modality}", f"train.seed={seed}"]
+            if not (run / "finished").exists():
+                console.rule(f"{title}, seed {seed}")
+                resume = (run / "config.yaml").exists()
+                started = time.monotonic()
+                check_train(load_config(recipe, settings), run, resume, ranks)
+                if launch_training(recipe, settings, run, resume, ranks):
+                    raise UserError(f"{run}: training failed, see the lines above; the same command goes on from there")
+                seconds[run.name] = round(time.monotonic() - started, 1)
+            scores[modality].append(evaluate_run(run, "test"))
+    return _report(out, recipe, scores, seconds, console)
+
+
+def _report(
+    out: Path,
+    recipe: str,
+    scores: dict[str, list[dict[str, Any]]],
+    seconds: dict[str, float],
+    console: Console,
+) -> dict[str, Any]:
+    names = scores["both"][0]["names"]
+    seeds = len(scores["both"])
+    reports = {title: out / f"{name}-seed0" / "eval-test" / "report.html" for name, title in MODALITIES.items()}
+    results: dict[str, Any] = {"recipe": recipe, "seeds": seeds, "train_seconds": seconds, "models": {}}
+    for name, runs in scores.items():
+        results["models"][name] = {
+            key: dict(zip(("mean", "deviation"), _mean_and_deviation([run[key] for run in runs]), strict=True))
+            | {"seeds": [run[key] for run in runs]}
+            for key in HEADLINES
+        }
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    page = write_comparison(
+        out,
+        {title: scores[name][0] for name, title in MODALITIES.items()},
+        names,
+        reports,
+        f"{recipe}: text, audio and both",
+        "Chosen on dev, scored on test, seed 0." if seeds == 1 else _in_words(results),
+    )
+    console.print(summary_table({title: scores[name][0] for name, title in MODALITIES.items()}))
+    if seeds > 1:
+        console.print(_seeds_table(results))
+    console.print(_confusion_table(scores["both"][0], names))
+    console.print(f"report: {reports['text + audio']}\ncomparison: {page}", soft_wrap=True, highlight=False)
+    return results
+
+
+def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    """Mean and sample deviation; a single value has deviation 0."""
+    mean = sum(values) / len(values)
+    spread = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    return mean, spread**0.5
+
+
+def _in_words(results: dict[str, Any]) -> str:
+    parts = [
+        f"{title} {figures['weighted_f1']['mean']:.3f} ± {figures['weighted_f1']['deviation']:.3f}"
+        for name, title in MODALITIES.items()
+        for figures in [results["models"][name]]
+    ]
+    return f"Weighted F1 on test, mean and deviation of {results['seeds']} seeds: {'; '.join(parts)}. Below: seed 0."
+
+
+def _seeds_table(results: dict[str, Any]) -> Table:
+    table = Table(title=f"test, mean ± deviation of {results['seeds']} seeds")
+    table.add_column("model")
+    for heading in HEADLINES.values():
+        table.add_column(heading, justify="right")
+    for name, title in MODALITIES.items():
+        cells = (results["models"][name][key] for key in HEADLINES)
+        table.add_row(title, *(f"{cell['mean']:.3f} ± {cell['deviation']:.3f}" for cell in cells))
+    return table
+
+
+def _confusion_table(score: dict[str, Any], names: list[str]) -> Table:
+    table = Table(title="text + audio, seed 0: rows are the truth, columns the answers")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for name, row in zip(names, score["confusion"], strict=True):
+        table.add_row(name, *(str(count) if count else "·" for count in row))
+    return table

@@ -1,0 +1,58 @@
+"""How a process becomes one of several ranks, and how it leaves them."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from jointfuse.errors import UserError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+USER_ERROR = 2  # exit status
+
+
+def rank_main(work: Callable[[], None]) -> None:
+    """Join the other ranks, do `work`, leave. A UserError ends the process with one line and exit status 2."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        _join()
+        work()
+    except (UserError, OSError) as error:
+        if rank:
+            # Mostly every rank finds the same fault: rank 0 says it, and its exit ends the others before they do.
+            time.sleep(5)
+        print(f"error: {'' if not rank else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+        # Without tearing down: the other ranks may be inside a collective that will not end.
+        os._exit(USER_ERROR)
+    _leave()
+
+
+def _join() -> None:
+    import torch
+
+    alone = "RANK" not in os.environ
+    if alone:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+
+
+def _leave() -> None:
+    import torch
+
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,31 @@
+"""One rank of a training run, started by the DeepSpeed launcher (or alone, as a world of one):
+
+deepspeed --num_gpus 2 --module jointfuse.train --recipe demo --run runs/demo data.corpus=corpora/demo
+"""
+
+import argparse
+from pathlib import Path
+
+from jointfuse.config import load_config
+from jointfuse.ranks import rank_main
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="jointfuse.train", description="One rank of a training run.")
+    parser.add_argument("--recipe", required=True, help="a recipe by name, or a path to a .yaml file")
+    parser.add_argument("--run", required=True, type=Path, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's latest checkpoint")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    parser.add_argument("overrides", nargs="*", help="settings, as section.key=value")
+    chosen = parser.parse_intermixed_args(arguments)
+
+    def work() -> None:
+        from jointfuse.train.loop import Trainer
+
+        Trainer(load_config(chosen.recipe, chosen.overrides), chosen.run, chosen.resume).train()
+
+    rank_main(work)
+
+
+if __name__ == "__main__":
+    main()

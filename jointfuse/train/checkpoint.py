@@ -1,0 +1,107 @@
+"""Checkpoints of a run: written beside, renamed, and only then named by `latest`.
+
+RUN/checkpoints/step-00000120/   DeepSpeed's state, position.json, config.yaml
+RUN/checkpoints/latest           the name of the newest complete one
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from jointfuse.config import Config, changed_keys, read_yaml, validate
+from jointfuse.errors import UserError
+
+# Settings that may differ between a checkpoint and the run that resumes it: none of them changes a number.
+FREE = {"data.workers", "data.corpus", "train.keep_checkpoints", "train.save_every", "recipe"}
+
+
+@dataclass
+class Position:
+    """Where a run stands. The order of utterances and the learning rate follow from it."""
+
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch that are done
+    step: int = 0
+    best_score: float = -1.0
+    best_step: int = -1
+    evaluations_without_better: int = 0
+    world_size: int = 1
+
+
+def write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def save_checkpoint(engine: Any, run: Path, position: Position, config: Config) -> None:
+    """Every rank calls it; older checkpoints than `train.keep_checkpoints` go once the new one is named."""
+    folder = run / "checkpoints"
+    name = f"step-{position.step:08d}"
+    partial = f".{name}.partial"
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(folder / partial, ignore_errors=True)
+    dist.barrier()
+    # DeepSpeed would write `latest` on rank 0 before the other ranks have finished.
+    engine.save_checkpoint(str(folder), tag=partial, save_latest=False)
+    if first:
+        (folder / partial / "position.json").write_text(json.dumps(asdict(position), indent=2) + "\n")
+        (folder / partial / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    dist.barrier()
+    if first:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        os.replace(folder / partial, folder / name)
+        write_atomically(folder / "latest", name + "\n")
+        complete = sorted(path for path in folder.glob("step-*"))
+        for old in complete[: -config.train.keep_checkpoints]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, None where it has none."""
+    try:
+        name = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    folder = run / "checkpoints" / name
+    if not (folder / "position.json").exists():
+        raise UserError(f"{run / 'checkpoints' / 'latest'} names {name}, which is not there; start a new run")
+    return folder
+
+
+def check_resumable(checkpoint: Path, config: Config, world_size: int) -> Position:
+    """The position in a checkpoint that this run may go on from.
+
+    Raises:
+        UserError: the checkpoint was written under other settings, or by another number of ranks.
+    """
+    written = validate(read_yaml(checkpoint / "config.yaml"), str(checkpoint / "config.yaml"))
+    changed = {key: values for key, values in changed_keys(written, config).items() if key not in FREE}
+    if changed:
+        key, (old, new) = next(iter(changed.items()))
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UserError(
+            f"{checkpoint} was written with {key} = {old!r}, this run has {new!r}{more}; "
+            f"resume with the settings of the run, or start a new run folder"
+        )
+    position = Position(**json.loads((checkpoint / "position.json").read_text(encoding="utf-8")))
+    if position.world_size != world_size:
+        raise UserError(
+            f"{checkpoint} was written by {position.world_size} ranks, this run has {world_size}; "
+            f"resume with --ranks {position.world_size}"
+        )
+    return position
+
+
+def load_checkpoint(engine: Any, checkpoint: Path) -> None:
+    """Every rank calls it, after check_resumable. Reads only what this run's own ranks wrote."""
+    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if path is None:
+        raise UserError(f"{checkpoint}: its DeepSpeed state is missing; resume from another checkpoint of the run")

@@ -1,0 +1,185 @@
+"""DeepSpeed: its configuration from the recipe's, its optimiser, and a model's parameters gathered back from it."""
+
+import json
+import logging
+import os
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jointfuse.config import Config, TrainSettings
+from jointfuse.errors import UserError
+from jointfuse.train.objective import Objective
+
+# DeepSpeed compiles extensions on first use: once, beside the interpreter they are for.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# A rank is asked for its warnings, not for its biography.
+os.environ.setdefault("DS_LOG_LEVEL", "warning")
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+RECIPE_OWNS = {
+    "train_batch_size": "train.batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.batch and train.micro_batch",
+    "gradient_clipping": "train.clip",
+    "optimizer": "train.optimizer, train.lr, train.betas, train.epsilon and train.weight_decay",
+    "scheduler": "train.warmup and train.decay",
+}
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a global batch is divided: batch = micro_batch x accumulation x ranks."""
+
+    world_size: int
+    micro_batch: int
+    accumulation: int
+
+
+def divide(settings: TrainSettings, world_size: int) -> Division:
+    """Raises UserError where the global batch cannot be divided over the ranks."""
+    if settings.batch % world_size:
+        raise UserError(f"train.batch = {settings.batch} cannot be divided over {world_size} ranks")
+    a_rank = settings.batch // world_size
+    micro = min(settings.micro_batch or a_rank, a_rank)
+    if a_rank % micro:
+        allowed = [n for n in range(1, a_rank + 1) if a_rank % n == 0]
+        raise UserError(
+            f"train.micro_batch = {micro}: each of {world_size} ranks holds {a_rank} utterances of train.batch = "
+            f"{settings.batch}; micro_batch must be one of {', '.join(map(str, allowed))}"
+        )
+    return Division(world_size, micro, a_rank // micro)
+
+
+def ds_config_path(name: str) -> Path:
+    """ds_configs/NAME.json of the project, or a path to any JSON file. Raises UserError if there is none."""
+    if name.endswith(".json"):
+        return Path(name)
+    package = Path(__file__).resolve().parents[1]
+    folders = [package / "ds_configs", package.parent / "ds_configs"]
+    for folder in folders:
+        if (folder / f"{name}.json").exists():
+            return folder / f"{name}.json"
+    known = sorted(path.stem for folder in folders for path in folder.glob("*.json"))
+    raise UserError(f"train.deepspeed = '{name}': choose one of {', '.join(known)}, or a path to a .json file")
+
+
+def read_ds_config(settings: TrainSettings) -> dict[str, Any]:
+    """The DeepSpeed file of the recipe, as it is on disk.
+
+    Raises:
+        UserError: a missing or damaged file, or one that sets what the recipe owns.
+    """
+    path = ds_config_path(settings.deepspeed)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"train.deepspeed: {path} cannot be read ({error.strerror})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"train.deepspeed: {path} is not valid JSON ({error})") from error
+    for key, owner in RECIPE_OWNS.items():
+        if key in config:
+            raise UserError(f"{path}: '{key}' belongs to the recipe ({owner}); remove it from the DeepSpeed file")
+    return config
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def check_precision(ds_config: dict[str, Any], name: str) -> None:
+    """Raises UserError where the machine's device cannot train in the file's precision."""
+    accelerator = get_accelerator()
+    for precision, supported in (("fp16", accelerator.is_fp16_supported()), ("bf16", accelerator.is_bf16_supported())):
+        if ds_config.get(precision, {}).get("enabled") and not supported:
+            raise UserError(
+                f"train.deepspeed = '{name}': this machine's device ({accelerator.device_name()}) cannot train in "
+                f"{precision}; choose another file of ds_configs/"
+            )
+
+
+def parameter_groups(objective: Objective, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Trainable parameters by part, each part's norms, biases and temperature apart, without weight decay."""
+    groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = defaultdict(list)
+    named = [(part, parameter) for part, _, parameter in objective.network.parts()]
+    if hasattr(objective, "log_temperature"):
+        named.append(("temperature", objective.log_temperature))
+    for part, parameter in named:
+        if parameter.requires_grad:
+            # Under ZeRO-3 the shape is kept in ds_shape; here nothing is partitioned yet.
+            decays = parameter.ndim > 1 and part != "temperature"
+            groups[part, decays].append(parameter)
+    if not groups:
+        raise UserError("train.freeze: every part is frozen, nothing is left to train")
+    return [
+        {
+            "params": parameters,
+            "lr": settings.part_lr.get(part, settings.lr),  # type: ignore[call-overload]
+            "weight_decay": settings.weight_decay if decays else 0.0,
+            "part": part,
+        }
+        for (part, decays), parameters in groups.items()
+    ]
+
+
+def _optimizer(groups: list[dict[str, Any]], settings: TrainSettings, ds_config: dict[str, Any]) -> Any:
+    common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.epsilon}
+    decoupled = settings.optimizer == "adamw"
+    if ds_config.get("zero_optimization", {}).get("offload_optimizer"):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **common)
+    if torch.cuda.is_available():
+        from deepspeed.ops.adam import FusedAdam
+
+        return FusedAdam(groups, adam_w_mode=decoupled, **common)
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    return kind(groups, fused=True, **common)
+
+
+def start_engine(objective: Objective, config: Config, division: Division) -> Any:
+    """A DeepSpeed engine around the objective; torch.distributed must be initialised.
+
+    Raises:
+        UserError: a DeepSpeed file that cannot be used.
+    """
+    settings = config.train
+    ds_config = read_ds_config(settings)
+    check_precision(ds_config, settings.deepspeed)
+    ds_config |= {
+        "train_batch_size": settings.batch,
+        "train_micro_batch_size_per_gpu": division.micro_batch,
+        "gradient_accumulation_steps": division.accumulation,
+        "gradient_clipping": settings.clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    optimizer = _optimizer(parameter_groups(objective, settings), settings, ds_config)
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
+    return engine
+
+
+def full_state(engine: Any) -> dict[str, torch.Tensor]:
+    """The network's state dict on the CPU of rank 0, whole under every ZeRO stage; empty on other ranks.
+
+    Every rank calls it. Parameters sharded by ZeRO-3 are gathered one at a time.
+    """
+    network = engine.module.network
+    first = torch.distributed.get_rank() == 0
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            if first:
+                state[name] = tensor.detach().cpu().clone()
+    return state

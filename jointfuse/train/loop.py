@@ -1,0 +1,312 @@
+"""The training loop: plan, stream, engine, and the evaluations and checkpoints between steps."""
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from jointfuse.config import Config, parse_interval
+from jointfuse.data.batch import Batch
+from jointfuse.data.plan import Plan, micro_batches
+from jointfuse.data.shards import Corpus
+from jointfuse.data.stream import Planned, UtteranceReader, stream
+from jointfuse.data.tokenizer import train_tokenizer
+from jointfuse.errors import UserError
+from jointfuse.evaluate.metrics import score
+from jointfuse.evaluate.predict import predict
+from jointfuse.model.backbones import pretrained_tokenizer
+from jointfuse.model.export import initialise, save_model
+from jointfuse.model.network import Network
+from jointfuse.train.checkpoint import (
+    Position,
+    check_resumable,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
+from jointfuse.train.engine import divide, full_state, read_ds_config, start_engine
+from jointfuse.train.objective import Objective
+from jointfuse.train.progress import Display, peak_memory
+from jointfuse.train.run_folder import MetricsLog, check_run_folder, create_run_folder
+from jointfuse.train.schedule import lr_factor
+
+
+class Trainer:
+    """One rank of a training run; torch.distributed must be initialised.
+
+    Args:
+        config: resolved settings.
+        run: folder of the run.
+        resume: go on from the run's latest checkpoint (from the start where it has none yet).
+
+    Raises:
+        UserError: settings, data, weights or a checkpoint that cannot be used; nothing has been written then.
+    """
+
+    def __init__(self, config: Config, run: Path, resume: bool) -> None:
+        self.config, self.run = config, run
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        settings = config.train
+        check_run_folder(run, resume)
+        self.division = divide(settings, self.world_size)
+        read_ds_config(settings)
+        checkpoint = latest_checkpoint(run) if resume else None
+        self.position = Position(world_size=self.world_size)
+        if checkpoint:
+            self.position = check_resumable(checkpoint, config, self.world_size)
+        self.corpus = open_corpus(config)
+        torch.manual_seed(settings.seed)
+        self.tokenizer = self._tokenizer()
+        network = Network(
+            config.model,
+            len(self.corpus.labels),
+            config.data.max_seconds,
+            tokenizer_size=len(self.tokenizer) if self.tokenizer else 0,
+            checkpointing=settings.checkpointing,
+        )
+        if settings.init_from:
+            initialise(network, Path(settings.init_from), self.corpus.labels)
+        network.freeze(settings.freeze)
+        self.train_reader, self.dev_reader = self._reader("train"), self._reader("dev")
+        index = self.train_reader.split.index
+        lengths = index["duration_ms"] if network.reads_audio else index["characters"]
+        self.plan = Plan(np.asarray(lengths), settings.batch, settings.seed)
+        self.steps = settings.steps or self.plan.steps_per_epoch * (settings.epochs or 0)
+        dist.barrier()  # every rank has looked at the folder before rank 0 writes to it
+        if self.rank == 0:
+            create_run_folder(run, config, self.world_size)
+            if self.tokenizer:
+                self.tokenizer.save_pretrained(run / "tokenizer")
+        objective = Objective(network, config.loss, self.division.accumulation)
+        self.engine = start_engine(objective, config, self.division)
+        self.base_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
+        self.device = self.engine.device
+        if checkpoint:
+            load_checkpoint(self.engine, checkpoint)
+        self.log = MetricsLog(run, self.position.step) if self.rank == 0 else None
+        self.evaluate_every = self._in_steps(settings.evaluate_every)
+        self.save_every = self._in_steps(settings.save_every)
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
+        model = self.config.model
+        if model.modality == "audio":
+            return None
+        if (self.run / "tokenizer").exists():
+            return AutoTokenizer.from_pretrained(self.run / "tokenizer")
+        if model.text_encoder.scratch:
+            return train_tokenizer(self.corpus.split("train"), model.text_encoder.scratch.vocabulary)
+        return pretrained_tokenizer(model.text_encoder, "model.text_encoder.weights")
+
+    def _reader(self, split: str) -> UtteranceReader:
+        modality = self.config.model.modality
+        return UtteranceReader(
+            self.corpus.split(split),
+            self.config.data,
+            self.tokenizer,
+            modality != "text",
+            self.corpus.mel_mean,
+            self.corpus.mel_deviation,
+        )
+
+    def _in_steps(self, interval: str) -> int:
+        count, unit = parse_interval(interval)
+        return count * (self.plan.steps_per_epoch if unit == "epoch" else 1)
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end, or until `train.patience` runs out. Returns the position as a dictionary."""
+        position, patience = self.position, self.config.train.patience
+        with Display(self.steps, position.step, self.rank == 0) as self.display:
+            self._report_start()
+            while position.step < self.steps:
+                self._epoch()
+                if patience and position.evaluations_without_better >= patience:
+                    self.display.line(f"stopped early: no better dev score in {patience} evaluations")
+                    break
+            self.display.line(
+                f"finished at step {position.step}; best dev weighted F1 {position.best_score:.4f} "
+                f"at step {position.best_step}: {self.run / 'best'}"
+            )
+        if self.log:
+            self.log.close()
+            write_atomically(self.run / "finished", f"step {position.step}\n")
+        return asdict(position)
+
+    def _epoch(self) -> None:
+        """The rest of the current epoch; ends early when steps or patience run out."""
+        position, settings = self.position, self.config.train
+        window = _Window(self)
+        for total, micro in self._batches():
+            position.step += 1
+            position.batch += 1
+            self._step(total, micro, window)
+            self.display.step(position.step, position.epoch)
+            last = position.step == self.steps
+            if position.step % self.log_every == 0 or last:
+                window.flush()
+            if position.batch == self.plan.steps_per_epoch:
+                position.epoch, position.batch = position.epoch + 1, 0
+            if position.step % self.evaluate_every == 0 or last:
+                window.flush()
+                self._evaluate()
+            if position.step % self.save_every == 0 or last:
+                save_checkpoint(self.engine, self.run, position, self.config)
+            spent = settings.patience and position.evaluations_without_better >= settings.patience
+            if last or spent:
+                break
+
+    log_every = 10
+
+    def _batches(self) -> Iterator[tuple[int, list[Batch]]]:
+        """(real utterances in the global batch, this rank's micro-batches) for the rest of the epoch."""
+        accumulation = self.division.accumulation
+        ids, valid = self.plan.epoch(self.position.epoch)
+        planned: list[Planned] = []
+        for row in range(self.position.batch, len(ids)):
+            mine = (micro_batches(part[row], self.world_size, self.rank, accumulation) for part in (ids, valid))
+            planned += zip(*mine, strict=True)
+        pin = self.device.type == "cuda"
+        batches = stream(self.train_reader, planned, self.config.data.workers, pin)
+        for row in range(self.position.batch, len(ids)):
+            yield int(valid[row].sum()), list(islice(batches, accumulation))
+
+    def _step(self, total: int, micro: list[Batch], window: "_Window") -> None:
+        position, settings = self.position, self.config.train
+        # Dropout is a function of (seed, step, rank), so that a resumed run draws what the first one would have.
+        torch.manual_seed(_mix(settings.seed, position.step, self.rank))
+        factor = lr_factor(settings, position.step - 1, self.steps)
+        for group, base in zip(self.engine.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * factor
+        for batch in micro:
+            losses = self.engine(batch.to(self.device), total)
+            self.engine.backward(losses["loss"])
+            self.engine.step()
+            window.add(losses, batch)
+        window.end_step(total)
+
+    def _evaluate(self) -> None:
+        """Score the dev split; the best model so far is written the moment it is chosen."""
+        position = self.position
+        predictions = predict(self.engine.module.network, self.dev_reader, self.config.data.workers)
+        result = score(predictions.labels, predictions.logits.argmax(axis=1), self.corpus.labels)
+        better = result["weighted_f1"] > position.best_score
+        if better:
+            position.best_score, position.best_step = result["weighted_f1"], position.step
+            position.evaluations_without_better = 0
+            state = full_state(self.engine)
+            if self.rank == 0:
+                save_model(
+                    self.run / "best",
+                    state,
+                    self.engine.module.network,
+                    self.config,
+                    self.corpus.labels,
+                    (self.corpus.mel_mean, self.corpus.mel_deviation),
+                    self.tokenizer,
+                    {"step": position.step, "epoch": position.epoch, "dev": result},
+                )
+        else:
+            position.evaluations_without_better += 1
+        figures = {name: result[name] for name in ("accuracy", "weighted_f1", "macro_f1")}
+        self.display.line(
+            f"dev at step {position.step}: weighted F1 {result['weighted_f1']:.4f}, accuracy {result['accuracy']:.4f}, "
+            f"macro F1 {result['macro_f1']:.4f}{'  (best so far)' if better else ''}"
+        )
+        if self.log:
+            self.log.write("dev", position.step, epoch=position.epoch, **figures)
+
+    def _report_start(self) -> None:
+        division, position = self.division, self.position
+        trained = sum(_size(p) for p in self.engine.module.parameters() if p.requires_grad)
+        whole = sum(_size(p) for p in self.engine.module.parameters())
+        self.display.line(
+            f"{self.config.recipe}: {len(self.plan.lengths)} utterances of {self.corpus.name}, "
+            f"{whole / 1e6:.1f} M parameters ({trained / 1e6:.1f} M trained), batch {self.config.train.batch} = "
+            f"{division.world_size} ranks x {division.accumulation} accumulated x {division.micro_batch}, "
+            f"{self.config.train.deepspeed} on {self.device.type}"
+        )
+        if position.step:
+            self.display.line(f"resumed at step {position.step} (epoch {position.epoch + 1}, batch {position.batch})")
+
+
+class _Window:
+    """Figures since the last log line, summed on the device and read by the host only when a line is due."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums = torch.zeros(5, device=self.trainer.device)  # loss, erc, icl, cut texts, cut clips
+        self.steps, self.utterances, self.started = 0, 0, time.monotonic()
+
+    def add(self, losses: dict[str, torch.Tensor], batch: Batch) -> None:
+        means = torch.stack([losses["loss"].detach(), losses["erc"], losses["icl"]]).float()
+        self.sums[:3] += means / self.trainer.division.accumulation
+        self.sums[3] += batch.cut_tokens
+        self.sums[4] += batch.cut_audio
+
+    def end_step(self, total: int) -> None:
+        self.steps += 1
+        self.utterances += total
+
+    def flush(self) -> None:
+        """Means over ranks and steps to the log. Raises UserError where the loss is no longer finite."""
+        if not self.steps:
+            return
+        trainer, position = self.trainer, self.trainer.position
+        dist.all_reduce(self.sums)
+        sums = self.sums.tolist()
+        loss, erc, icl = (value / trainer.world_size / self.steps for value in sums[:3])
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} in steps {position.step - self.steps + 1} to {position.step}; lower train.lr, or "
+                f"check the corpus with tools/verify_shards.py. The model chosen last is in {trainer.run / 'best'}"
+            )
+        rate = self.utterances / (time.monotonic() - self.started)
+        trainer.display.figures(position.step, position.epoch, loss, rate)
+        if trainer.log:
+            norm = trainer.engine.get_global_grad_norm()
+            trainer.log.write(
+                "train",
+                position.step,
+                epoch=position.epoch,
+                loss=loss,
+                loss_erc=erc,
+                loss_icl=icl,
+                learning_rate=trainer.engine.optimizer.param_groups[0]["lr"],
+                gradient_norm=None if norm is None else float(norm),
+                utterances_per_second=rate,
+                peak_memory_gib=peak_memory(),
+                cut_texts=int(sums[3]),
+                cut_clips=int(sums[4]),
+            )
+        self._clear()
+
+
+def open_corpus(config: Config) -> Corpus:
+    """The corpus of a recipe. Raises UserError where none is named or what is named is none."""
+    if not config.data.corpus:
+        raise UserError("data.corpus is not set: add data.corpus=FOLDER (tools/build_shards.py makes one)")
+    corpus = Corpus.open(config.data.corpus)
+    if len(corpus.labels) < 2:
+        raise UserError(f"{config.data.corpus}: its label set is {corpus.labels}; training needs two classes or more")
+    return corpus
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _mix(*numbers: int) -> int:
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

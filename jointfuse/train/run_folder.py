@@ -1,0 +1,76 @@
+"""The folder of a run: what was asked for, where it ran, what came of it.
+
+RUN/config.yaml        resolved settings          RUN/checkpoints/   to resume from
+RUN/environment.json   versions and devices       RUN/best/          the chosen model
+RUN/metrics.jsonl      losses and dev scores      RUN/tokenizer/     where the model reads text
+RUN/tensorboard/
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jointfuse.config import Config
+from jointfuse.errors import UserError
+from jointfuse.evaluate.history import read_metrics
+from jointfuse.train.checkpoint import write_atomically
+
+
+def check_run_folder(run: Path, resume: bool) -> None:
+    """Raises UserError: a run that exists and is not resumed, or one to resume that does not exist."""
+    exists = (run / "config.yaml").exists()
+    if resume and not exists:
+        raise UserError(f"{run}: there is no run to resume here; leave out --resume to start one")
+    if not resume and run.exists() and any(run.iterdir()):
+        way_out = "add --resume to go on with it, or choose another folder" if exists else "choose another folder"
+        raise UserError(f"{run}: the folder exists and is not empty; {way_out}")
+
+
+def create_run_folder(run: Path, config: Config, world_size: int) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints").mkdir(exist_ok=True)
+    packages = ("jointfuse", "torch", "deepspeed", "transformers", "timm", "webdataset", "numpy")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "cores": os.cpu_count(),
+        "ranks": world_size,
+        "command": sys.argv,
+        "packages": {name: version(name) for name in packages},
+    }
+    write_atomically(run / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_atomically(run / "config.yaml", config.to_yaml())
+
+
+class MetricsLog:
+    """RUN/metrics.jsonl and RUN/tensorboard; rows after `step` are dropped when a run resumes there."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run / "metrics.jsonl"
+        kept = [row for row in read_metrics(run) if row["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        if not step:
+            shutil.rmtree(run / "tensorboard", ignore_errors=True)
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, kind: str, step: int, **figures: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "step": step} | figures) + "\n")
+        for name, value in figures.items():
+            if isinstance(value, int | float):
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+        self.board.flush()
+
+    def close(self) -> None:
+        self.board.close()

@@ -1,0 +1,218 @@
+import io
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import webdataset
+from corpus_helpers import REPOSITORY, hashes, make_tables
+
+from jointfuse.data.build import build
+from jointfuse.data.corpora.table import load_clip, table_corpus
+from jointfuse.data.shards import INDEX_DTYPE, Corpus, Utterance, write_tar
+from jointfuse.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of 5 + 2 + 1 dialogues, several shards in train."""
+    folder = tmp_path_factory.mktemp("shards")
+    make_tables(folder)
+    spec = table_corpus([(split, folder / f"{split}.csv") for split in ("train", "dev", "test")], "small")
+    build(spec, folder / "corpus", workers=2, samples_per_shard=9)
+    return folder / "corpus"
+
+
+@pytest.fixture
+def copy(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "corpus"))
+
+
+def test_samples_come_back_as_they_were_in_the_table(built: Path) -> None:
+    corpus = Corpus.open(built)
+    assert corpus.labels == ["anger", "fear", "joy"]
+    assert corpus.splits == ["train", "dev", "test"]
+    split = corpus.split("train")
+    assert len(split) == len(split.index) == 20
+    utterance = split.sample(6)
+    assert (utterance.dialogue, utterance.turn, utterance.speaker) == ("train1", 2, "Ann")
+    assert utterance.text == "line 2 of 1"
+    assert corpus.labels[utterance.label] == utterance.meta["emotion"] == "joy"
+    assert utterance.key == split.key(6) == "train_train1_002"
+    original = load_clip(built.parent / "wav" / "train_1_2.wav")
+    assert utterance.waveform is not None
+    assert utterance.waveform.dtype == np.float32
+    np.testing.assert_allclose(utterance.waveform, original, atol=1 / 32768)
+
+
+def test_the_index_says_what_the_samples_say(built: Path) -> None:
+    corpus = Corpus.open(built)
+    for name in corpus.splits:
+        split = corpus.split(name)
+        assert split.index.dtype == INDEX_DTYPE
+        for i, entry in enumerate(split.index):
+            utterance = split.sample(i)
+            assert utterance.waveform is not None
+            assert entry["duration_ms"] == round(len(utterance.waveform) / 16)
+            assert entry["characters"] == len(utterance.text)
+            assert entry["label"] == utterance.label
+            assert corpus.speakers[entry["speaker"]] == utterance.speaker
+            assert entry["turn"] == utterance.turn
+            assert f"{name}{entry['dialogue']}" == utterance.dialogue
+
+
+def test_dialogues_are_contiguous_and_never_straddle_shards(built: Path) -> None:
+    split = Corpus.open(built).split("train")
+    assert len(split.shards) == 3
+    for dialogue in range(5):
+        rows = np.flatnonzero(split.index["dialogue"] == dialogue)
+        assert np.array_equal(rows, np.arange(rows[0], rows[0] + 4))
+        assert len(set(split.index["shard"][rows])) == 1
+        assert split.index["turn"][rows].tolist() == [0, 1, 2, 3]
+
+
+def test_mel_mean_and_deviation_are_those_of_every_value_of_the_training_split(built: Path) -> None:
+    import torch
+
+    from jointfuse.data.features import log_mel
+
+    corpus = Corpus.open(built)
+    split = corpus.split("train")
+    values = torch.cat(
+        [log_mel(torch.from_numpy(split.sample(i).waveform)).flatten() for i in range(len(split))]
+    ).double()
+    assert corpus.mel_mean == pytest.approx(values.mean().item(), rel=1e-5)
+    assert corpus.mel_deviation == pytest.approx(values.std(correction=0).item(), rel=1e-5)
+
+
+def test_plain_webdataset_reads_a_shard(built: Path) -> None:
+    corpus = Corpus.open(built)
+    split = corpus.split("dev")
+    samples = list(webdataset.WebDataset(str(split.shards[0]), shardshuffle=False).decode())
+    assert len(samples) == len(split)
+    for i, sample in enumerate(samples):
+        mine = split.sample(i)
+        assert sample["__key__"] == mine.key
+        assert sample["txt"] == mine.text
+        assert sample["json"] == mine.meta
+        waveform, rate = soundfile.read(io.BytesIO(sample["flac"]), dtype="float32")
+        assert rate == 16_000
+        np.testing.assert_array_equal(waveform, mine.waveform)
+
+
+def test_a_pickled_split_is_small_and_reads_on(built: Path) -> None:
+    split = Corpus.open(built).split("train")
+    split.sample(0)
+    data = pickle.dumps(split)
+    assert len(data) < 4000
+    np.testing.assert_array_equal(pickle.loads(data).sample(7).waveform, split.sample(7).waveform)
+
+
+def test_the_readers_do_not_import_torch() -> None:
+    code = "import sys, jointfuse.data.shards; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+def test_audio_bytes_are_the_stored_flac_and_audio_can_be_left_undecoded(built: Path) -> None:
+    split = Corpus.open(built).split("test")
+    data = split.audio_bytes(0)
+    assert data is not None
+    assert data[:4] == b"fLaC"
+    assert split.sample(0, audio=False).waveform is None
+
+
+def test_an_unknown_split_is_refused_with_the_ones_there_are(built: Path) -> None:
+    with pytest.raises(UserError, match="no split 'valid'; there are train, dev, test"):
+        Corpus.open(built).split("valid")
+
+
+def test_folders_that_are_no_finished_corpus_are_refused_with_a_way_out(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder; a corpus is made by"):
+        Corpus.open(tmp_path / "nowhere")
+    file = copy / "corpus.json"
+    info = json.loads(file.read_text())
+    file.write_text("{")
+    with pytest.raises(UserError, match="not a corpus description"):
+        Corpus.open(copy)
+    file.write_text(json.dumps(info | {"format": 0}))
+    with pytest.raises(UserError, match="format 0, this version reads format 1"):
+        Corpus.open(copy)
+    file.unlink()
+    with pytest.raises(UserError, match=r"no corpus\.json, so this is no corpus or its building never ended"):
+        Corpus.open(copy)
+
+
+def test_shard_names_cannot_lead_out_of_the_corpus(copy: Path) -> None:
+    info = json.loads((copy / "corpus.json").read_text())
+    info["splits"]["dev"]["shards"][0]["name"] = "../train/shard-000000.tar"
+    (copy / "corpus.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="outside its folder"):
+        Corpus.open(copy)
+
+
+def test_a_truncated_tar_is_refused_when_the_corpus_is_opened(copy: Path) -> None:
+    tar = copy / "train" / "shard-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"train/shard-000001\.tar: 5000 bytes, corpus\.json says \d+: truncated"):
+        Corpus.open(copy)
+    tar.unlink()
+    with pytest.raises(UserError, match=r"shard-000001\.tar: No such file"):
+        Corpus.open(copy)
+
+
+@pytest.mark.parametrize("damage", ["flac", "header", "cut"])
+def test_a_damaged_sample_is_named_by_shard_key_and_offset(copy: Path, damage: str) -> None:
+    split = Corpus.open(copy).split("dev")
+    tar, offset = split.shards[0], int(split.index[2]["offset"])
+    data = bytearray(tar.read_bytes())
+    if damage == "flac":
+        data[offset + 512 : offset + 600] = bytes(88)
+    elif damage == "header":
+        data[offset : offset + 512] = b"x" * 512
+    else:
+        del data[offset + 700 :]
+    tar.write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        split.sample(2)
+    message = str(caught.value)
+    assert f"dev/shard-000000.tar: sample dev_dev0_002 at byte {offset} cannot be read" in message
+    assert "tools/verify_shards.py" in message
+    assert split.sample(0).text == "line 0 of 0"
+
+
+def test_an_index_of_the_wrong_length_is_refused(copy: Path) -> None:
+    file = copy / "dev" / "index.bin"
+    file.write_bytes(file.read_bytes()[: INDEX_DTYPE.itemsize * 2])
+    with pytest.raises(UserError, match=r"index\.bin: 2 entries, corpus\.json says 6"):
+        Corpus.open(copy).split("dev").sample(0)
+
+
+def _utterance(**changes: Any) -> Utterance:
+    meta = {"label": 0, "emotion": "joy", "speaker": "a", "dialogue": "d", "turn": 0}
+    fields = {"key": "k", "text": "", "waveform": None, "label": 0, "speaker": "a", "dialogue": "d", "turn": 0}
+    return Utterance(**(fields | {"meta": meta} | changes))
+
+
+def test_a_tar_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+    def utterances() -> Any:
+        yield _utterance()
+        raise UserError("stop")
+
+    with pytest.raises(UserError, match="stop"):
+        write_tar(tmp_path / "shard-000000.tar", utterances())
+    assert hashes(tmp_path) == {}
+
+
+def test_a_clip_of_one_sample_is_still_a_clip_and_full_scale_does_not_wrap(tmp_path: Path) -> None:
+    from jointfuse.data.index import index_rows
+
+    sidecar = write_tar(tmp_path / "a.tar", [_utterance(waveform=np.ones(1, np.float32))])
+    assert index_rows([sidecar], ["a"])[0]["duration_ms"] == 1
+    sample = next(iter(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)))
+    assert soundfile.read(io.BytesIO(sample["flac"]), dtype="int16")[0].tolist() == [32767]

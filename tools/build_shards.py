@@ -1,0 +1,116 @@
+#!/usr/bin/env python
+"""Build a corpus: a folder of WebDataset shards with an index.
+
+tools/build_shards.py table --train train.csv --dev dev.csv --test test.csv --out corpora/mine
+tools/build_shards.py table all.csv --out corpora/mine          # the split is a column
+tools/build_shards.py spoken --out corpora/demo                 # synthetic, made by espeak-ng in a minute
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jointfuse.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Build a corpus of shards.", rich_markup_mode=None)
+
+Out = Annotated[Path, typer.Option(help="folder of the new corpus")]
+Workers = Annotated[int | None, typer.Option(help="processes; default: one a core")]
+PerShard = Annotated[int, typer.Option(help="samples a shard, at most, unless one dialogue is longer")]
+
+
+@app.command()
+def table(
+    out: Out,
+    tables: Annotated[list[Path] | None, typer.Argument(help="tables with a split column")] = None,
+    train: Annotated[Path | None, typer.Option(help="table of the training split")] = None,
+    dev: Annotated[Path | None, typer.Option(help="table of the development split")] = None,
+    test: Annotated[Path | None, typer.Option(help="table of the test split")] = None,
+    name: Annotated[str | None, typer.Option(help="default: the folder's name")] = None,
+    labels: Annotated[str | None, typer.Option(help="classes in order, a,b,c; default: train's, sorted")] = None,
+    source: Annotated[str, typer.Option(help="where the data come from")] = "",
+    licence: Annotated[str, typer.Option(help="under which terms")] = "",
+    description: Annotated[str, typer.Option(help="what they are")] = "",
+    text_column: str | None = None,
+    label_column: str | None = None,
+    audio_column: str | None = None,
+    speaker_column: str | None = None,
+    dialogue_column: str | None = None,
+    turn_column: str | None = None,
+    split_column: str | None = None,
+    start_column: str | None = None,
+    end_column: str | None = None,
+    allow_missing: Annotated[bool, typer.Option(help="blank text or audio cells are meant")] = False,
+    dialogues_per_table: Annotated[bool, typer.Option(help="dialogue numbers start again in every split")] = False,
+    workers: Workers = None,
+    samples_per_shard: PerShard = 500,
+) -> None:
+    """Your own data, listed in CSV, TSV or JSONL tables: one row an utterance, clips relative to the table."""
+    from jointfuse.data.build import build
+    from jointfuse.data.corpora.table import table_corpus
+
+    by_split = [(split, path) for split, path in (("train", train), ("dev", dev), ("test", test)) if path is not None]
+    if bool(tables) == bool(by_split):
+        raise UserError("give either tables with a split column, or --train, --dev and --test")
+    columns = {
+        "text": text_column,
+        "label": label_column,
+        "audio": audio_column,
+        "speaker": speaker_column,
+        "dialogue": dialogue_column,
+        "turn": turn_column,
+        "split": split_column,
+        "start": start_column,
+        "end": end_column,
+    }
+    spec = table_corpus(
+        by_split or [(None, path) for path in tables or []],
+        name or out.resolve().name,
+        columns,
+        [label.strip() for label in labels.split(",")] if labels is not None else None,
+        source,
+        licence,
+        description,
+        allow_missing,
+        dialogues_per_table,
+    )
+    _tell(build(spec, out, workers, samples_per_shard), out)
+
+
+@app.command()
+def spoken(
+    out: Out,
+    dialogues: Annotated[int, typer.Option(help="of the training split; dev and test follow in proportion")] = 290,
+    seed: Annotated[int, typer.Option(help="another seed is another corpus")] = 0,
+    name: Annotated[str | None, typer.Option(help="default: the folder's name")] = None,
+    workers: Workers = None,
+    samples_per_shard: PerShard = 500,
+) -> None:
+    """A synthetic demo corpus: dialogues spoken by espeak-ng, with emotion half in the words, half in the voice."""
+    from jointfuse.data.build import build
+    from jointfuse.data.corpora.spoken import spoken_corpus
+
+    spec = spoken_corpus(name or out.resolve().name, dialogues, seed)
+    _tell(build(spec, out, workers, samples_per_shard), out)
+
+
+def _tell(info: dict, out: Path) -> None:
+    for split, content in info["splits"].items():
+        hours = content["seconds"] / 3600
+        counts = f"{content['samples']} utterances, {content['dialogues']} dialogues, {hours:.2f} h"
+        print(f"{split}: {counts}, {len(content['shards'])} shard(s)")
+    print(f"{out}: finished")
+
+
+def main() -> None:
+    try:
+        app()
+    except (UserError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Show what is in a corpus: tables, and with --png a picture."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jointfuse.errors import UserError
+
+
+def command(
+    corpus: Annotated[Path, typer.Argument(help="folder of the corpus")],
+    png: Annotated[Path | None, typer.Option(help="also draw a picture into this file")] = None,
+) -> None:
+    """Counts, durations, speakers and dialogue lengths of a corpus."""
+    from rich.console import Console
+
+    from jointfuse.data.shards import Corpus
+    from jointfuse.data.stats import corpus_stats, plot, tables
+
+    if png is not None and png.suffix.lower() != ".png":
+        raise UserError(f"--png {png}: the picture is a PNG; give a name ending in .png")
+    opened = Corpus.open(corpus)
+    stats = corpus_stats(opened)
+    for table in tables(opened, stats):
+        Console().print(table)
+    if png is not None:
+        plot(opened, stats, png)
+        print(f"{png}: drawn")
+
+
+def main() -> None:
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(command)
+    try:
+        app()
+    except (UserError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

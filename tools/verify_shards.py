@@ -1,0 +1,40 @@
+#!/usr/bin/env python
+"""Read a corpus again, all of it, and list what is not as recorded. Exit status: 0 sound, 1 faults, 2 no corpus."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jointfuse.errors import UserError
+
+
+def command(
+    corpus: Annotated[Path, typer.Argument(help="folder of the corpus")],
+    workers: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
+) -> None:
+    """Read a corpus again, all of it, and list what is not as recorded."""
+    from jointfuse.data.verify import verify
+
+    report = verify(corpus, workers)
+    for fault in report.faults:
+        print(fault)
+    amount = f"{report.samples} samples, {report.shards} shards, {report.bytes / 1e6:.1f} MB, {report.splits} splits"
+    print(f"{corpus}: {len(report.faults) or 'no'} fault(s) in {amount}")
+    if report.faults:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(command)
+    try:
+        app()
+    except (UserError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
