@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from jointfuse.config import Config
-from jointfuse.ranks import free_port
+from jointfuse.ranks import USER_ERROR, free_port
 
 
 def check_train(config: Config, run: Path, resume: bool, ranks: int) -> None:
@@ -30,7 +30,12 @@ def check_train(config: Config, run: Path, resume: bool, ranks: int) -> None:
 def launch_training(recipe: str, overrides: list[str], run: Path, resume: bool, ranks: int) -> int:
     """Train on `ranks` ranks of this machine. Returns the exit status."""
     options = ["--recipe", recipe, "--run", str(run), *(["--resume"] if resume else [])]
-    return launch("jointfuse.train", [*options, *overrides], ranks)
+    status = launch("jointfuse.train", [*options, *overrides], ranks)
+    if not status and not (run / "finished").exists():
+        # DeepSpeed's launcher answers 0 when the process that watches the ranks was killed.
+        print(f"error: {run}: the launcher was killed before the run ended; go on with --resume", file=sys.stderr)
+        return 1
+    return status
 
 
 def launch_evaluation(run: Path, split: str, corpus: str | None, ranks: int) -> int:
@@ -57,6 +62,13 @@ def launch(module: str, arguments: list[str], ranks: int) -> int:
     command = [
         *(sys.executable, str(scripts / "deepspeed"), "--num_gpus", str(ranks)),
         *("--master_addr", "127.0.0.1", "--master_port", str(free_port())),
-        *("--log_level", "error", "--module", module, *arguments),
+        *("--log_level", "critical", "--module", module, *arguments),
     ]
-    return subprocess.run(command, env=environment, check=False).returncode
+    status = subprocess.run(command, env=environment, check=False).returncode
+    if status not in (0, 1, USER_ERROR):  # those ranks have said why
+        print(
+            f"error: a rank of {module} was killed (exit status {status}); if memory ran out, use more ranks or a "
+            f"smaller train.micro_batch",
+            file=sys.stderr,
+        )
+    return status

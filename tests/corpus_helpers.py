@@ -1,16 +1,23 @@
 """Small tables with sound files, and the tools as a user runs them."""
 
+import atexit
 import csv
 import hashlib
 import importlib.util
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+
+from jointfuse.data.build import build
+from jointfuse.data.corpora.table import table_corpus
 
 REPOSITORY = Path(__file__).parent.parent
 COLUMNS = ("dialogue_id", "turn", "speaker", "text", "emotion", "audio")
@@ -71,6 +78,17 @@ def make_tables(folder: Path) -> dict[str, list[Row]]:
         for number, row in enumerate(content):
             write_clip(folder / row["audio"], 0.15 + 0.02 * number, pitch=150 + 10 * number)
     return rows
+
+
+@cache
+def small_corpus() -> Path:
+    """A folder of make_tables with the corpus in `built`: made once, to be copied before it is changed."""
+    folder = Path(tempfile.mkdtemp(prefix="jointfuse-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    make_tables(folder)
+    spec = table_corpus([(split, folder / f"{split}.csv") for split in ("train", "dev", "test")], "small")
+    build(spec, folder / "built", workers=2, samples_per_shard=4)
+    return folder
 
 
 def split_options(folder: Path) -> list[str]:

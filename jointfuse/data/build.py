@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
@@ -26,6 +27,7 @@ from jointfuse.data.parallel import cores, processes, progress
 from jointfuse.data.shards import Utterance, write_tar
 from jointfuse.errors import UserError
 
+HEAVY = ("webdataset", "torchaudio", "scipy.signal")  # what a job imports
 NO_MEL = {"count": 0, "sum": 0.0, "squares": 0.0}
 BUILDER = 1  # raised whenever the same rows would give other bytes
 SHARD_FILE = re.compile(r"shard-\d{6,}\.(tar|json)|\.(shard-\d{6,}\.(tar|json)|index\.bin)\.part|index\.bin")
@@ -103,7 +105,7 @@ class _Job:
 
 def build(
     spec: CorpusSpec, out: str | os.PathLike[str], workers: int | None = None, samples_per_shard: int = 500
-) -> dict:
+) -> dict[str, Any]:
     """Write `spec` as a corpus folder and return the content of its corpus.json.
 
     The bytes written do not depend on `workers` (default: one a core) or on how often the build was interrupted.
@@ -122,7 +124,7 @@ def build(
     try:
         for split in spec.splits:
             (out / split).mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        with locked(out):
             for split, expected in jobs.items():
                 _remove_leftovers(out / split, expected)
             every = [job for expected in jobs.values() for job in expected]
@@ -185,7 +187,7 @@ def _check_free(spec: CorpusSpec, out: Path) -> None:
 
 def _jobs(spec: CorpusSpec, split: str, folder: Path, samples_per_shard: int) -> Iterator[_Job]:
     """Fill shards with whole dialogues, in order; one longer than a shard gets a shard of its own."""
-    keys = _dialogue_keys(split, [dialogue[0].dialogue for dialogue in spec.splits[split]])
+    keys = dialogue_keys(split, [dialogue[0].dialogue for dialogue in spec.splits[split]])
     shards: list[list[Row]] = [[]]
     for dialogue in spec.splits[split]:
         if shards[-1] and len(shards[-1]) + len(dialogue) > samples_per_shard:
@@ -202,17 +204,17 @@ def _jobs(spec: CorpusSpec, split: str, folder: Path, samples_per_shard: int) ->
         yield _Job(folder / shard_name(number), rows, names, spec.labels, spec.render, split == "train", fingerprint)
 
 
-def _dialogue_keys(split: str, dialogues: list[str]) -> dict[str, str]:
+def dialogue_keys(split: str, dialogues: list[str]) -> dict[str, str]:
     """Dialogue -> a start for its keys: unique, short enough for a tar header, without dots, slashes or spaces."""
     keys: dict[str, str] = {}
-    taken: set[str] = set()
+    taken: dict[str, int] = {}  # key -> how often it was wished for
     for dialogue in dialogues:
         name = re.sub(r"[^A-Za-z0-9_-]", "_", dialogue)[:48]
         base = key = name if name.startswith(f"{split}_") else f"{split}_{name}"
-        number = 2
         while key in taken:
-            key, number = f"{base}-{number}", number + 1
-        taken.add(key)
+            taken[base] += 1
+            key = f"{base}-{taken[base]}"
+        taken[key] = 1
         keys[dialogue] = key
     return keys
 
@@ -229,8 +231,8 @@ def _remove_leftovers(folder: Path, expected: list[_Job]) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep two builds out of one folder. The lock leaves no file and ends with the process."""
+def locked(folder: Path) -> Iterator[None]:
+    """Keep two builds out of one folder; the second gets a UserError. It leaves no file and ends with us."""
     try:
         import fcntl
     except ImportError:
@@ -284,7 +286,7 @@ def _utterances(job: _Job) -> Iterator[Utterance]:
 
 def _work_alone(job: _Job) -> None:
     """_work in a process of its own. (Python 3.11's max_tasks_per_child=1 would do, but can hang: gh-115634.)"""
-    with processes(1) as pool:
+    with processes(1, HEAVY) as pool:
         pool.submit(_work, job).result()
 
 
@@ -295,11 +297,16 @@ def _run(jobs: list[_Job], workers: int, fresh_process: bool, title: str) -> Non
         if not todo:
             return
         workers = min(workers, len(todo))
-        pool: Executor = ThreadPoolExecutor(workers) if fresh_process else processes(workers)
+        pool: Executor = ThreadPoolExecutor(workers) if fresh_process else processes(workers, HEAVY)
         try:
             for future in as_completed([pool.submit(_work_alone if fresh_process else _work, job) for job in todo]):
                 future.result()
                 advance()
+        except KeyboardInterrupt:
+            print(
+                "stopping after the shards under way; the same command goes on from there", file=sys.stderr, flush=True
+            )
+            raise
         except BrokenProcessPool as error:
             raise UserError(
                 "a building process was killed, probably for want of memory; try again with a smaller --workers"

@@ -36,11 +36,12 @@ def log_mel(waveform: torch.Tensor) -> torch.Tensor:
         (F, 80) float32, F = 1 + S // 160 frames.
     """
     window, filters = _window_and_filters()
+    frames = 1 + waveform.numel() // HOP_LENGTH
     shortest = FFT_SIZE // 2 + 1
     if waveform.numel() < shortest:
         waveform = torch.nn.functional.pad(waveform, (0, shortest - waveform.numel()))
     spectrum = torch.stft(
         waveform, FFT_SIZE, HOP_LENGTH, WINDOW, window, center=True, pad_mode="reflect", return_complex=True
     )
-    power = spectrum.real.square() + spectrum.imag.square()  # (257, F)
+    power = (spectrum.real.square() + spectrum.imag.square())[:, :frames]  # (257, F)
     return (power.T @ filters).clamp_min(POWER_FLOOR).log()

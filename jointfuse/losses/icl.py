@@ -52,8 +52,9 @@ class _InterClassContrast(torch.autograd.Function):
         for columns, similarity in _tiles(z, pool, temperature, start, tile):
             lse = torch.logaddexp(lse, similarity.logsumexp(dim=1))
             del columns
-        # A pool of one row has no log-sum-exp; such a row is not counted, so any finite value will do.
-        lse = torch.where(counted[own], lse, 0)
+        # A pool of one row has no log-sum-exp. Rows that are not counted keep theirs: backward, exp(s - lse) must be
+        # finite before it is multiplied by their weight of 0.
+        lse = lse.masked_fill(lse.isneginf(), 0)
         pool_lse = torch.cat(gather_rows(lse, group))  # (K,)
 
         positive = ((sums[labels] - z) * z).sum(dim=1) / temperature / partners[own].clamp_min(1)  # (n,)

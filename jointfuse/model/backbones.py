@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import VisionTransformer
+from timm.models import VisionTransformer, get_model_args
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, RobertaConfig
 
 from jointfuse.config import BackboneSettings, VisionSettings
@@ -61,7 +61,16 @@ def language_backbone(
     else:
         config = _pretrained(AutoConfig, settings.weights, setting)
         require_language_family(config, setting)
-        model = _pretrained(AutoModel, settings.weights, setting, config=config, dtype=torch.float32)
+        model, report = _pretrained(
+            AutoModel, settings.weights, setting, config=config, dtype=torch.float32, output_loading_info=True
+        )
+        missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+        if missing:
+            # transformers would go on with random weights in their place
+            raise UserError(
+                f"{setting}: '{settings.weights}' lacks {len(missing)} of the encoder's weights (first: {missing[0]}); "
+                f"get the checkpoint again"
+            )
     if hasattr(model, "pooler"):
         model.pooler = None
     kept = {k: v for k, v in model.config.to_dict().items() if k not in ("architectures", "_name_or_path", "dtype")}
@@ -84,7 +93,7 @@ def _pretrained(factory: Any, weights: str | None, setting: str, **options: Any)
             if factory is AutoModel
             else (factory.from_pretrained(weights))
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers, the hub and safetensors raise kinds of their own
         raise UserError(_unavailable(weights, setting, error)) from error
 
 
@@ -158,4 +167,5 @@ def vision_backbone(
             f"VisionTransformer family with a class token and learned positions"
         )
     architecture = model.pretrained_cfg.get("architecture") or settings.weights
-    return model, {"architecture": architecture, "arguments": sizes}
+    # A folder or hub repository may change its architecture's widths and depth: those are arguments too.
+    return model, {"architecture": architecture, "arguments": get_model_args(model) | sizes}

@@ -1,5 +1,7 @@
 """DeepSpeed: its configuration from the recipe's, its optimiser, and a model's parameters gathered back from it."""
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -21,6 +23,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # A rank is asked for its warnings, not for its biography.
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
@@ -166,7 +169,19 @@ def start_engine(objective: Objective, config: Config, division: Division) -> An
         "steps_per_print": 10**9,
     }
     optimizer = _optimizer(parameter_groups(objective, settings), settings, ds_config)
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    half = any(ds_config.get(precision, {}).get("enabled") for precision in ("fp16", "bf16"))
+    wrapped = half and zero_stage(ds_config) == 0
+    if wrapped:
+        # DeepSpeed's wrapper for this case takes a step without gradients when it is made: at rate 0 no weight moves.
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+    with contextlib.redirect_stdout(io.StringIO()):  # every rank would print what it has built
+        engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
+    if wrapped:
+        for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        engine.optimizer.optimizer.state.clear()  # nor does Adam count that step
     return engine
 
 

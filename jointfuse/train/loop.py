@@ -82,13 +82,15 @@ class Trainer:
         lengths = index["duration_ms"] if network.reads_audio else index["characters"]
         self.plan = Plan(np.asarray(lengths), settings.batch, settings.seed)
         self.steps = settings.steps or self.plan.steps_per_epoch * (settings.epochs or 0)
+        objective = Objective(network, config.loss, self.division.accumulation)
+        if "temperature" in settings.freeze and hasattr(objective, "log_temperature"):
+            objective.log_temperature.requires_grad_(False)
+        self.engine = start_engine(objective, config, self.division)
         dist.barrier()  # every rank has looked at the folder before rank 0 writes to it
         if self.rank == 0:
             create_run_folder(run, config, self.world_size)
             if self.tokenizer:
                 self.tokenizer.save_pretrained(run / "tokenizer")
-        objective = Objective(network, config.loss, self.division.accumulation)
-        self.engine = start_engine(objective, config, self.division)
         self.base_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.device = self.engine.device
         if checkpoint:
@@ -128,10 +130,10 @@ class Trainer:
         with Display(self.steps, position.step, self.rank == 0) as self.display:
             self._report_start()
             while position.step < self.steps:
-                self._epoch()
                 if patience and position.evaluations_without_better >= patience:
                     self.display.line(f"stopped early: no better dev score in {patience} evaluations")
                     break
+                self._epoch()
             self.display.line(
                 f"finished at step {position.step}; best dev weighted F1 {position.best_score:.4f} "
                 f"at step {position.best_step}: {self.run / 'best'}"
@@ -154,11 +156,13 @@ class Trainer:
             if position.step % self.log_every == 0 or last:
                 window.flush()
             if position.batch == self.plan.steps_per_epoch:
+                window.flush()
                 position.epoch, position.batch = position.epoch + 1, 0
             if position.step % self.evaluate_every == 0 or last:
                 window.flush()
                 self._evaluate()
             if position.step % self.save_every == 0 or last:
+                window.flush()  # a run that resumes here logs what one that never stopped does
                 save_checkpoint(self.engine, self.run, position, self.config)
             spent = settings.patience and position.evaluations_without_better >= settings.patience
             if last or spent:
@@ -268,9 +272,11 @@ class _Window:
         sums = self.sums.tolist()
         loss, erc, icl = (value / trainer.world_size / self.steps for value in sums[:3])
         if not math.isfinite(loss):
+            best = trainer.run / "best"
             raise UserError(
                 f"the loss is {loss} in steps {position.step - self.steps + 1} to {position.step}; lower train.lr, or "
-                f"check the corpus with tools/verify_shards.py. The model chosen last is in {trainer.run / 'best'}"
+                f"check the corpus with tools/verify_shards.py"
+                f"{f'; the model chosen last is in {best}' if best.exists() else ''}"
             )
         rate = self.utterances / (time.monotonic() - self.started)
         trainer.display.figures(position.step, position.epoch, loss, rate)

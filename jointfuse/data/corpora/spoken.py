@@ -203,6 +203,8 @@ class _Espeak:
         )
         if self.rate <= 0:
             raise UserError("espeak-ng does not start: reinstall it by pip install --force-reinstall espeakng-loader")
+        # The breath of voices such as f2 is noise from a generator that the library seeds by the clock.
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         self._parts: list[np.ndarray] = []
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
         self._callback = kind(self._receive)  # kept, or it would be collected while the library still calls it

@@ -1,0 +1,66 @@
+"""What all tests share: no network, one thread, the `required` mark, real files where there are some, tiny corpora."""
+
+import os
+
+# Before anything imports torch or a hub client.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hypothesis
+import pytest
+
+if TYPE_CHECKING:
+    from jointfuse.data.shards import Corpus
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# The same examples on every machine, and no limit on the time of one: machines are busy.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
+hypothesis.settings.load_profile("repeatable")
+
+_skipped: dict[str, str] = {}  # required tests that did not run, and why
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and "required" in report.keywords:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        _skipped[report.nodeid] = reason.removeprefix("Skipped: ")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _skipped and os.environ.get("CI"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _skipped and os.environ.get("CI"):
+        terminalreporter.section("required tests were skipped: with CI set that is a failure", red=True)
+        for test, reason in _skipped.items():
+            terminalreporter.line(f"{test}: {reason}")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and small pretrained models, kept beside the repository's folder and never in it."""
+    if not SHARED.is_dir():
+        pytest.skip("there is no folder `shared` beside the repository: its data and pretrained models are needed here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def uneven_corpus(tmp_path_factory: pytest.TempPathFactory) -> "Corpus":
+    """Clips of 0.2 to 6 seconds, texts of 1 to 30 words, four speakers."""
+    from helpers import build_corpus
+
+    return build_corpus(tmp_path_factory.mktemp("uneven") / "corpus", gaps=False)
+
+
+@pytest.fixture(scope="session")
+def gapped_corpus(tmp_path_factory: pytest.TempPathFactory) -> "Corpus":
+    """The same, but some utterances have no clip and some no text."""
+    from helpers import build_corpus
+
+    return build_corpus(tmp_path_factory.mktemp("gapped") / "corpus", gaps=True)

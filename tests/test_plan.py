@@ -1,0 +1,163 @@
+"""The training order: every promise of it as a property of numbers."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jointfuse.data.plan import Plan, evaluation_batches, micro_batches
+from jointfuse.errors import UserError
+
+
+def lengths_of(size: int, seed: int) -> np.ndarray:
+    """Milliseconds as an index has them: uint32, some alike."""
+    return np.random.default_rng(seed).integers(1, 40, size).astype(np.uint32) * 100
+
+
+plans = st.builds(
+    lambda size, batch, seed: Plan(lengths_of(size, seed), batch, seed),
+    st.integers(1, 300),
+    st.integers(1, 40),
+    st.integers(0, 2**40),
+)
+epochs = st.integers(0, 1000)
+
+
+@given(plans, epochs)
+def test_every_utterance_counts_exactly_once_an_epoch(plan: Plan, epoch: int) -> None:
+    ids, valid = plan.epoch(epoch)
+    assert ids.shape == valid.shape == (plan.steps_per_epoch, plan.batch)
+    assert ids.dtype == np.int64
+    assert sorted(ids[valid]) == list(range(len(plan.lengths)))
+
+
+@given(plans, epochs)
+def test_only_the_last_batch_is_filled_and_with_utterances_that_exist(plan: Plan, epoch: int) -> None:
+    ids, valid = plan.epoch(epoch)
+    assert valid[:-1].all()
+    assert valid[-1].sum() == (len(plan.lengths) - 1) % plan.batch + 1
+    assert 0 <= ids.min() <= ids.max() < len(plan.lengths)
+
+
+@given(plans, epochs)
+def test_an_epoch_is_a_function_of_seed_and_epoch_alone(plan: Plan, epoch: int) -> None:
+    again = Plan(plan.lengths.copy(), plan.batch, plan.seed)
+    again.epoch(epoch + 1)  # what was asked before must not matter
+    for one, other in zip(plan.epoch(epoch), again.epoch(epoch), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_epochs_and_seeds_differ_from_each_other() -> None:
+    orders = {
+        (seed, epoch): tuple(Plan(lengths_of(100, 0), 8, seed).epoch(epoch)[0].ravel())
+        for seed, epoch in product(range(12), range(12))
+    }
+    assert len(set(orders.values())) == len(orders)
+
+
+def test_batches_come_in_random_order_and_not_by_length() -> None:
+    plan = Plan(np.arange(4096), 8, seed=0)
+    ids, _ = plan.epoch(0)
+    means = plan.lengths[ids].mean(axis=1)
+    assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.2
+
+
+def test_a_batch_holds_utterances_of_similar_length_in_order() -> None:
+    plan = Plan(lengths_of(3000, 1), 30, seed=0)
+    ids, _ = plan.epoch(5)
+    held = plan.lengths[ids].astype(np.int64)
+    assert (np.diff(held, axis=1) >= 0).all()
+    # Padding to the longest of a batch adds less than a tenth; without sorting it would double the work.
+    assert held.max(axis=1).sum() * plan.batch < 1.1 * held.sum()
+
+
+def test_batches_stay_mixed_over_epochs_although_lengths_are_sorted() -> None:
+    plan = Plan(lengths_of(2000, 2), 20, seed=0)
+    partners = [set(batch) - {7} for epoch in range(10) for batch in plan.epoch(epoch)[0] if 7 in batch]
+    assert len(set.union(*partners)) > 100  # of at most 190
+
+
+def test_no_utterances_is_one_clear_error() -> None:
+    with pytest.raises(UserError, match="training split is empty"):
+        Plan(np.array([], dtype=np.uint32), 8, 0).epoch(0)
+
+
+# ---------------------------------------------------------------------------------------------------- over ranks
+
+
+@st.composite
+def divisions(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
+    """(rows of a global batch sorted by length, ranks, accumulation steps)"""
+    world_size, accumulation, micro = draw(st.integers(1, 6)), draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    return np.arange(world_size * accumulation * micro), world_size, accumulation
+
+
+@given(divisions())
+def test_micro_batches_part_a_global_batch_exactly(division: tuple[np.ndarray, int, int]) -> None:
+    batch, world_size, accumulation = division
+    held = [micro_batches(batch, world_size, rank, accumulation) for rank in range(world_size)]
+    assert {part.shape for part in held} == {(accumulation, len(batch) // world_size // accumulation)}
+    assert sorted(np.concatenate([part.ravel() for part in held])) == list(batch)
+
+
+@given(divisions())
+def test_ranks_hold_equal_loads_in_every_micro_step(division: tuple[np.ndarray, int, int]) -> None:
+    batch, world_size, accumulation = division
+    held = np.stack([micro_batches(batch, world_size, rank, accumulation) for rank in range(world_size)])
+    # Rows are sorted by length: the n-th of any rank is within a rank count of the n-th of any other.
+    assert (np.ptp(held, axis=0) < world_size).all()
+
+
+@given(divisions())
+def test_validity_is_dealt_as_ids_are(division: tuple[np.ndarray, int, int]) -> None:
+    batch, world_size, accumulation = division
+    pairs = np.stack([batch, batch % 3], axis=1)
+    for rank in range(world_size):
+        dealt = micro_batches(pairs, world_size, rank, accumulation)
+        np.testing.assert_array_equal(dealt[..., 0] % 3, dealt[..., 1])
+        np.testing.assert_array_equal(dealt[..., 0], micro_batches(batch, world_size, rank, accumulation))
+
+
+@given(st.integers(1, 200), st.integers(0, 99))
+def test_global_batches_are_the_same_for_every_division(size: int, seed: int) -> None:
+    plan = Plan(lengths_of(size, seed), 12, seed)
+    ids, valid = plan.epoch(seed)
+    for world_size, accumulation in ((1, 1), (2, 3), (3, 1), (12, 1), (1, 12), (4, 3)):
+        for batch, counts in zip(ids, valid, strict=True):
+            held = [
+                (int(id), bool(counted))
+                for rank in range(world_size)
+                for id, counted in zip(
+                    micro_batches(batch, world_size, rank, accumulation).ravel(),
+                    micro_batches(counts, world_size, rank, accumulation).ravel(),
+                    strict=True,
+                )
+            ]
+            assert sorted(held) == sorted(zip(batch.tolist(), counts.tolist(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
+
+
+@given(st.integers(0, 120), st.integers(1, 20), st.integers(1, 7))
+def test_evaluation_reads_every_utterance_once_over_all_ranks(size: int, batch: int, world_size: int) -> None:
+    lengths = lengths_of(size, size)
+    ranks = [list(evaluation_batches(lengths, batch, world_size, rank)) for rank in range(world_size)]
+    assert len({len(rank) for rank in ranks}) == 1, "sharded parameters are gathered by all ranks together"
+    seen = [id for rank in ranks for ids, valid in rank for id in ids[valid]]
+    assert sorted(seen) == list(range(size))
+    assert all(0 < len(ids) <= batch for rank in ranks for ids, _ in rank)
+
+
+@given(st.integers(1, 120), st.integers(1, 20), st.integers(2, 7))
+def test_evaluation_batches_do_not_depend_on_the_number_of_ranks(size: int, batch: int, world_size: int) -> None:
+    lengths = lengths_of(size, size)
+    alone = [ids.tolist() for ids, _ in evaluation_batches(lengths, batch, 1, 0)]
+    ranks = [list(evaluation_batches(lengths, batch, world_size, rank)) for rank in range(world_size)]
+    together = [ids.tolist() for step in zip(*ranks, strict=True) for ids, valid in step if valid.any()]
+    assert together == alone
+    assert all(valid.all() or not valid.any() for rank in ranks for _, valid in rank)
+    longest = [lengths[ids].max() for ids in alone]
+    assert longest == sorted(longest, reverse=True), "the batch that needs most memory comes first"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# All tests, with lint and types. Arguments go to pytest: bash tools/test.sh -k plan
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh" test
+
+ruff check .
+ruff format --check .
+mypy
+python -m pytest "$@"
