@@ -104,8 +104,10 @@ def test_without_joint_vectors_the_streams_never_meet() -> None:
 def test_with_joint_vectors_each_stream_hears_of_the_other() -> None:
     block, given = make_block(1), inputs()
     t, m = block(**given)
-    assert ((block(**given | {"m": given["m"] + 1})[0] - t)[given["t_mask"]].abs() > 1e-6).all()
-    assert ((block(**given | {"t": given["t"] + 1})[1] - m)[given["m_mask"]].abs() > 1e-6).all()
+    other_t, _ = block(**given | {"m": torch.randn_like(given["m"])})
+    _, other_m = block(**given | {"t": torch.randn_like(given["t"])})
+    assert ((other_t - t)[given["t_mask"]].abs() > 1e-6).any(dim=1).all()
+    assert ((other_m - m)[given["m_mask"]].abs() > 1e-6).any(dim=1).all()
 
 
 def test_what_is_masked_changes_nothing() -> None:
@@ -117,14 +119,3 @@ def test_what_is_masked_changes_nothing() -> None:
     other_t, other_m = block(**given)
     torch.testing.assert_close(other_t[given["t_mask"]], t[given["t_mask"]], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(other_m[given["m_mask"]], m[given["m_mask"]], rtol=1e-12, atol=1e-12)
-
-
-def test_v_and_u_are_different_vectors_of_every_block() -> None:
-    torch.manual_seed(0)
-    one, other = make_block(4), make_block(4)
-    torch.manual_seed(9)
-    fresh = JointBlock(other.language, other.vision, D_T, D_M, 4)
-    assert one.v.shape == (4, D_M)
-    assert one.u.shape == (4, D_T)
-    assert fresh.v.std() > 0
-    assert not torch.equal(fresh.v[0], fresh.v[1])
