@@ -55,8 +55,9 @@ class ScratchSettings(Settings):
     width: Positive
     layers: Positive
     heads: Positive
-    vocabulary: Positive = Field(1000, description="language only: size of the BPE vocabulary trained on the corpus")
-    dropout: Share = 0.1
+    vocabulary: Positive = Field(
+        1000, description="text encoder only: size of the BPE vocabulary trained on the corpus"
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -70,6 +71,7 @@ class BackboneSettings(Settings):
 
     weights: str | None = None
     scratch: ScratchSettings | None = None
+    dropout: Share | None = Field(None, description="the checkpoint's own unless set; none from scratch")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -106,7 +108,6 @@ class StreamSettings(BackboneSettings):
 
 class VisionSettings(StreamSettings):
     patch: tuple[Positive, Positive] = Field((16, 16), description="mel bins x frames")
-    dropout: Share = Field(0.0, description="dropout of projections in the vision layers")
     drop_path: Share = Field(0.0, description="stochastic depth of the vision layers")
 
     @field_validator("patch")
@@ -252,7 +253,7 @@ def validate(tree: dict[str, Any], origin: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "settings"
+        key = ".".join(str(part) for part in first["loc"] if part != "[key]") or "settings"
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         shown = "" if isinstance(first["input"], dict | BaseModel) else f" = {first['input']!r}"
         raise UserError(f"{origin}: {key}{shown}: {message}") from error

@@ -55,7 +55,7 @@ def uneven_corpus(tmp_path_factory: pytest.TempPathFactory) -> "Corpus":
     """Clips of 0.2 to 6 seconds, texts of 1 to 30 words, four speakers."""
     from helpers import build_corpus
 
-    return build_corpus(tmp_path_factory.mktemp("uneven") / "corpus", gaps=False)
+    return build_corpus(tmp_path_factory.mktemp("uneven") / "corpus")
 
 
 @pytest.fixture(scope="session")
@@ -63,4 +63,4 @@ def gapped_corpus(tmp_path_factory: pytest.TempPathFactory) -> "Corpus":
     """The same, but some utterances have no clip and some no text."""
     from helpers import build_corpus
 
-    return build_corpus(tmp_path_factory.mktemp("gapped") / "corpus", gaps=True)
+    return build_corpus(tmp_path_factory.mktemp("gapped") / "corpus", gaps=("text", "clip"))

@@ -16,7 +16,9 @@ from jointfuse.ranks import free_port
 SHOWN = 4000  # characters of a failing rank's output
 
 
-def run_ranks(world_size: int, work: Callable[..., Any], folder: Path, *arguments: Any, limit: float = 300) -> list[Any]:
+def run_ranks(
+    world_size: int, work: Callable[..., Any], folder: Path, *arguments: Any, limit: float = 300
+) -> list[Any]:
     """`work(*arguments)` in `world_size` processes that form one gloo group; what each returned, in rank order.
 
     Args:
@@ -101,7 +103,9 @@ def run_program(
         except subprocess.TimeoutExpired:
             end_group(process)
             output, errors = process.communicate()
-            raise AssertionError(f"{command} still runs after {limit} s:\n{output[-SHOWN:]}\n{errors[-SHOWN:]}") from None
+            raise AssertionError(
+                f"{command} still runs after {limit} s:\n{output[-SHOWN:]}\n{errors[-SHOWN:]}"
+            ) from None
         finally:
             end_group(process)
     return subprocess.CompletedProcess(command, process.returncode, output, errors)

@@ -1,6 +1,6 @@
 """Tiny corpora, models and batches for the tests of the model, the losses and the stream."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from jointfuse.config import ModelSettings
+from jointfuse.config import DataSettings, ModelSettings
 from jointfuse.data import build as building
 from jointfuse.data.batch import Batch, Example, collate
 from jointfuse.data.build import CorpusSpec, Row
 from jointfuse.data.shards import Corpus
+from jointfuse.data.stream import UtteranceReader
+from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.model.network import Network
 
 LABELS = ("anger", "fear", "joy", "neutral")
@@ -24,10 +26,12 @@ VOCABULARY = 300
 MAX_SECONDS = 6.0
 
 
-def _row(split: str, number: int, gaps: bool) -> Row:
+def _row(split: str, number: int, gaps: Collection[str]) -> Row:
     words = 1 + number * 7 % 30
     text = " ".join(WORDS[(number + word) % len(WORDS)] for word in range(words))
-    without_text, without_clip = gaps and number % 5 == 3, gaps and number % 5 == 4
+    without_all = "everything" in gaps and number % 5 == 2
+    without_text = without_all or ("text" in gaps and number % 5 == 3)
+    without_clip = without_all or ("clip" in gaps and number % 5 == 4)
     seconds = SECONDS[number % len(SECONDS)]
     return Row(
         dialogue=f"{split}{number // 4}",
@@ -54,11 +58,11 @@ def _render(rows: Sequence[Row]) -> Iterator[np.ndarray | None]:
         yield wave.astype(np.float32)
 
 
-def build_corpus(folder: Path, gaps: bool) -> Corpus:
+def build_corpus(folder: Path, gaps: Collection[str] = ()) -> Corpus:
     """A corpus through the builder itself, its jobs run in this process: starting another takes longer than the rest.
 
     Args:
-        gaps: leave some utterances without a clip and some without a text.
+        gaps: what some utterances are left without: text, clip, everything.
     """
     splits: dict[str, list[list[Row]]] = {}
     for split, size in SIZES.items():
@@ -71,6 +75,15 @@ def build_corpus(folder: Path, gaps: bool) -> Corpus:
         patch.setattr(building, "processes", lambda *_: ThreadPoolExecutor(1))
         building.build(spec, folder, workers=1, samples_per_shard=9)
     return Corpus.open(folder)
+
+
+def reader_of(corpus: Corpus, modality: str, split: str = "train", **settings: Any) -> UtteranceReader:
+    """A reader whose tokenizer is trained on the corpus."""
+    data = DataSettings(max_seconds=MAX_SECONDS, max_tokens=40, **settings)
+    tokenizer = None if modality == "audio" else train_tokenizer(corpus.split("train"), 300)
+    return UtteranceReader(
+        corpus.split(split), data, tokenizer, modality != "text", corpus.mel_mean, corpus.mel_deviation
+    )
 
 
 def merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -69,8 +69,8 @@ def test_a_batch_holds_utterances_of_similar_length_in_order() -> None:
     ids, _ = plan.epoch(5)
     held = plan.lengths[ids].astype(np.int64)
     assert (np.diff(held, axis=1) >= 0).all()
-    # Padding to the longest of a batch adds less than a tenth; without sorting it would double the work.
-    assert held.max(axis=1).sum() * plan.batch < 1.1 * held.sum()
+    # Padding to the longest of a batch adds less than a fifth; without sorting it would nearly double the work.
+    assert held.max(axis=1).sum() * plan.batch < 1.2 * held.sum()
 
 
 def test_batches_stay_mixed_over_epochs_although_lengths_are_sorted() -> None:

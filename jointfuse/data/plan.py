@@ -11,7 +11,7 @@ import numpy as np
 
 from jointfuse.errors import UserError
 
-SORTED_BATCHES = 16  # batches that share one sort by length: enough to pack well, few enough to stay random
+SORTED_BATCHES = 8  # batches that share one sort by length: enough to pack well, few enough to stay random
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ def language_backbone(
                 num_hidden_layers=sizes.layers,
                 num_attention_heads=sizes.heads,
                 intermediate_size=4 * sizes.width,
-                hidden_dropout_prob=sizes.dropout,
-                attention_probs_dropout_prob=sizes.dropout,
+                hidden_dropout_prob=settings.dropout or 0.0,
+                attention_probs_dropout_prob=settings.dropout or 0.0,
                 pad_token_id=1,
                 bos_token_id=0,
                 eos_token_id=2,
@@ -61,6 +61,8 @@ def language_backbone(
     else:
         config = _pretrained(AutoConfig, settings.weights, setting)
         require_language_family(config, setting)
+        if settings.dropout is not None:
+            config.hidden_dropout_prob = config.attention_probs_dropout_prob = settings.dropout
         model, report = _pretrained(
             AutoModel, settings.weights, setting, config=config, dtype=torch.float32, output_loading_info=True
         )
@@ -129,7 +131,7 @@ def vision_backbone(
         "patch_size": patch,
         "in_chans": 1,
         "num_classes": 0,
-        "proj_drop_rate": settings.dropout,
+        "proj_drop_rate": settings.dropout or 0.0,
         "drop_path_rate": settings.drop_path,
     }
     setting = "model.vision.weights"
@@ -137,13 +139,7 @@ def vision_backbone(
         scratch = settings.scratch
         description = {
             "architecture": "vit_tiny_patch16_224",
-            "arguments": sizes
-            | {
-                "embed_dim": scratch.width,
-                "depth": scratch.layers,
-                "num_heads": scratch.heads,
-                "proj_drop_rate": scratch.dropout,
-            },
+            "arguments": sizes | {"embed_dim": scratch.width, "depth": scratch.layers, "num_heads": scratch.heads},
         }
     if description is not None:
         arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in description["arguments"].items()}

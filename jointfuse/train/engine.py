@@ -25,8 +25,8 @@ if not torch.cuda.is_available():
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
-import deepspeed
-from deepspeed.accelerator import get_accelerator
+import deepspeed  # noqa: E402  (reads the environment above when imported)
+from deepspeed.accelerator import get_accelerator  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 

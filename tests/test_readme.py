@@ -1,0 +1,92 @@
+"""The README's commands run as they stand, on a small table and with few steps."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from training_fixtures import RECIPE, SIZES, make_corpus
+
+PROJECT = Path(__file__).resolve().parents[1]
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+FEW = "train.steps=2 train.evaluate_every='2 steps' train.save_every='2 steps' data.workers=0"
+TINY = f"--recipe tiny.yaml {FEW}"
+
+# What is put in the place of a piece of a command, so that it ends within seconds; the rest runs as written.
+SHORTER = {
+    "python tools/build_shards.py table all.csv --out corpora/mine": {},
+    "python tools/verify_shards.py corpora/mine": {},
+    "python tools/shard_stats.py corpora/mine --png corpora/mine.png": {},
+    "jointfuse train --recipe small --run runs/mine --ranks 2 data.corpus=corpora/mine": {"--recipe small": TINY},
+    "jointfuse eval runs/mine --split test": {},
+    "jointfuse train --recipe small --run runs/local --ranks 2 data.corpus=corpora/mine "
+    "model.text_encoder.weights=models/minilm model.language.weights=models/minilm "
+    "model.vision.weights=models/dinov2-small": {"--recipe small": f"--recipe small {FEW} data.max_seconds=1"},
+    "jointfuse compare --recipe small --seeds 3 --ranks 2 --out runs/compare data.corpus=corpora/mine": {
+        "--recipe small": TINY,
+        "--seeds 3": "--seeds 1",
+    },
+    "deepspeed --num_gpus 2 --module jointfuse.train --recipe demo --run runs/demo data.corpus=corpora/demo": {
+        "--recipe demo": f"--recipe demo {FEW}",
+    },
+}
+# .ci/run runs these two themselves.
+IN_CI = ["bash tools/quickstart.sh", "bash tools/test.sh"]
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    return [
+        re.sub(r"\s+", " ", line).strip()
+        for block in blocks
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.strip()
+    ]
+
+
+def test_every_command_of_the_readme_is_run_here_or_in_ci() -> None:
+    assert commands() == [*IN_CI, *SHORTER]
+    script = (PROJECT / ".ci" / "run").read_text(encoding="utf-8")
+    assert all(command in script for command in IN_CI)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
+    """A folder as the README has it: tools, a table with its clips, pretrained models, the demo's corpus."""
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "tools").symlink_to(PROJECT / "tools")
+    (folder / "models").symlink_to(shared / "models")
+    source = folder / "source"
+    made = make_corpus(source)
+    lines = []
+    for split in SIZES:
+        header, *rows = (source / f"{split}.csv").read_text(encoding="utf-8").splitlines()
+        lines += [f"{row},{split}" for row in rows]
+    (folder / "all.csv").write_text("\n".join([f"{header},split", *lines]) + "\n", encoding="utf-8")
+    (folder / "wav").symlink_to(source / "wav")
+    (folder / "corpora").mkdir()
+    shutil.copytree(made, folder / "corpora" / "demo")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.required
+def test_the_commands_of_the_readme_end_well_one_after_the_other(desk: Path) -> None:
+    scripts = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    for command, shorter in SHORTER.items():
+        for long, short in shorter.items():
+            assert long in command
+            command = command.replace(long, short)
+        done = subprocess.run(
+            command, shell=True, cwd=desk, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    for made in ("corpora/mine.png", "runs/mine/eval-test/report.html", "runs/compare/comparison.html"):
+        assert (desk / made).stat().st_size > 10_000, made
+    assert (desk / "runs/local/best/model.safetensors").exists()
+    assert (desk / "runs/demo/finished").exists()
