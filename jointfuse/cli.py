@@ -34,7 +34,6 @@ def train(
 
     config = load_config(recipe, overrides or [])
     check_train(config, run, resume, ranks)
-    print(config.to_yaml(), flush=True)
     raise typer.Exit(launch_training(recipe, overrides or [], run, resume, ranks))
 
 

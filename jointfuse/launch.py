@@ -19,17 +19,24 @@ def check_train(config: Config, run: Path, resume: bool, ranks: int) -> None:
     check_run_folder(run, resume)
     divide(config.train, ranks)
     check_precision(read_ds_config(config.train), config.train.deepspeed)
+    corpus = open_corpus(config)
     checkpoint = latest_checkpoint(run) if resume else None
     if checkpoint:
-        check_resumable(checkpoint, config, ranks)
-    corpus = open_corpus(config)
+        check_resumable(checkpoint, config, ranks, corpus)
     for split in ("train", "dev"):
         corpus.split(split)
 
 
-def launch_training(recipe: str, overrides: list[str], run: Path, resume: bool, ranks: int) -> int:
+def launch_training(recipe: str, overrides: list[str], run: Path, resume: bool, ranks: int, brief: bool = False) -> int:
     """Train on `ranks` ranks of this machine. Returns the exit status."""
-    options = ["--recipe", recipe, "--run", str(run), *(["--resume"] if resume else [])]
+    options = [
+        "--recipe",
+        recipe,
+        "--run",
+        str(run),
+        *(["--resume"] if resume else []),
+        *(["--brief"] if brief else []),
+    ]
     status = launch("jointfuse.train", [*options, *overrides], ranks)
     if not status and not (run / "finished").exists():
         # DeepSpeed's launcher answers 0 when the process that watches the ranks was killed.

@@ -32,6 +32,7 @@ from jointfuse.model.network import Network, part_of
 from jointfuse.train.objective import Objective
 
 T_HEADS, M_HEADS = 3, 2
+TENSORS = ("ids", "tokens", "token_mask", "mel", "frames", "labels", "valid")
 EVERYTHING_BUT_PROMPTS = [part for part in get_args(Part) if part not in ("joint", "heads")]
 
 
@@ -251,6 +252,17 @@ def test_the_literal_route_finds_the_lacking_stream_where_it_ends() -> None:
     assert (features[0] != 0).all()
 
 
+@pytest.mark.parametrize("joint_vectors", [0, 4])
+def test_lacking_modalities_leave_finite_gradients(joint_vectors: int) -> None:
+    network = make_network(model_settings(joint_vectors=joint_vectors, language__stem_layers=1)).train()
+    batch = make_batch([9, 0, 0, 3], [0, 40, 70, 0], labels=[0, 0, 1, 1])
+    losses = Objective(network, LossSettings(), accumulation=1)(batch, 4)
+    losses["loss"].backward()
+    assert losses["icl"] > 0
+    for name, gradient in gradients(network).items():
+        assert gradient.isfinite().all(), name
+
+
 @pytest.mark.parametrize("lacking", ["text", "clip"])
 def test_an_utterance_that_lacks_what_the_settings_demand_is_refused_by_name(lacking: str, tmp_path: Path) -> None:
     corpus = build_corpus(tmp_path / "corpus", gaps=(lacking,))
@@ -363,6 +375,27 @@ def test_every_parameter_belongs_to_a_part_and_every_part_has_parameters() -> No
     assert part_of("blocks.1.v", "both") == "joint"
     assert part_of("blocks.1.layer.output.dense.weight", "text") == "language"
     assert part_of("blocks.1.block.mlp.fc1.weight", "audio") == "vision"
+
+
+@pytest.mark.parametrize("icl_weight", [0.0, 0.5])
+def test_repeats_that_fill_a_batch_change_neither_losses_nor_gradients(icl_weight: float) -> None:
+    filled = make_batch([7, 2, 9, 12], [120, 16, 333, 60], labels=[0, 1, 0, 1])
+    filled = replace(filled, valid=torch.tensor([True, True, True, False]))
+    real = replace(filled, **{name: getattr(filled, name)[:3] for name in TENSORS})
+    results = []
+    for batch in (filled, real):
+        network = make_network(model_settings(extractor__dropout=0.0))
+        objective = Objective(network, LossSettings(icl_weight=icl_weight), accumulation=1)
+        losses = objective(batch, 3)
+        losses["loss"].backward()
+        results.append((losses, gradients(objective)))
+    (losses, found), (expected_losses, expected) = results
+    torch.testing.assert_close(losses, expected_losses)
+    torch.testing.assert_close(losses["loss"], losses["erc"] + icl_weight * losses["icl"])
+    assert (losses["icl"] > 0) == bool(icl_weight)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def test_frozen_parts_draw_no_dropout_and_the_others_do() -> None:

@@ -1,9 +1,11 @@
 """A tiny corpus and recipe, and one training of it inside a rank, for the tests of the trainer."""
 
+import gc
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -151,14 +153,21 @@ class Stopped(Exception):
     """Raised where a test has a run die."""
 
 
+@cache
+def _trainer_class() -> Any:
+    from jointfuse.train.loop import Trainer
+
+    # DeepSpeed calls gc.collect() up to a hundred times an engine; over all these libraries each takes 0.1 s.
+    gc.freeze()
+    return Trainer
+
+
 @contextmanager
 def trainer(recipe: Path, run: Path, *overrides: str, resume: bool = False) -> Iterator[Any]:
     """A Trainer that logs every step; its engine is taken apart afterwards."""
-    from jointfuse.train.loop import Trainer
-
     import time
     t=time.time()
-    made = Trainer(load_config(str(recipe), overrides), run, resume)
+    made = _trainer_class()(load_config(str(recipe), overrides), run, resume)
     made.log_every = 1
     print("TIME", "made", run.name, round(time.time()-t,2))
     try:

@@ -42,7 +42,7 @@ def compare_modalities(
                 resume = (run / "config.yaml").exists()
                 started = time.monotonic()
                 check_train(load_config(recipe, settings), run, resume, ranks)
-                if launch_training(recipe, settings, run, resume, ranks):
+                if launch_training(recipe, settings, run, resume, ranks, brief=True):
                     raise UserError(f"{run}: training failed, see the lines above; the same command goes on from there")
                 seconds[run.name] = round(time.monotonic() - started, 1)
             scores[modality].append(evaluate_run(run, "test"))

@@ -15,6 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--recipe", required=True, help="a recipe by name, or a path to a .yaml file")
     parser.add_argument("--run", required=True, type=Path, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from the run's latest checkpoint")
+    parser.add_argument("--brief", action="store_true", help="do not print the resolved settings")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     parser.add_argument("overrides", nargs="*", help="settings, as section.key=value")
     chosen = parser.parse_intermixed_args(arguments)
@@ -22,7 +23,11 @@ def main(arguments: list[str] | None = None) -> None:
     def work() -> None:
         from jointfuse.train.loop import Trainer
 
-        Trainer(load_config(chosen.recipe, chosen.overrides), chosen.run, chosen.resume).train()
+        config = load_config(chosen.recipe, chosen.overrides)
+        trainer = Trainer(config, chosen.run, chosen.resume)
+        if not chosen.brief and trainer.rank == 0:
+            print(config.to_yaml(), flush=True)
+        trainer.train()
 
     rank_main(work)
 

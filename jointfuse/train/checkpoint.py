@@ -4,6 +4,7 @@ RUN/checkpoints/step-00000120/   DeepSpeed's state, position.json, config.yaml
 RUN/checkpoints/latest           the name of the newest complete one
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from jointfuse.config import Config, changed_keys, read_yaml, validate
+from jointfuse.data.shards import Corpus
 from jointfuse.errors import UserError
 
 # Settings that may differ between a checkpoint and the run that resumes it: none of them changes a number.
@@ -31,6 +33,7 @@ class Position:
     best_step: int = -1
     evaluations_without_better: int = 0
     world_size: int = 1
+    corpus: str = ""  # digest of corpus.json: the order of utterances is a function of the corpus, wherever it lies
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -76,11 +79,15 @@ def latest_checkpoint(run: Path) -> Path | None:
     return folder
 
 
-def check_resumable(checkpoint: Path, config: Config, world_size: int) -> Position:
+def corpus_digest(corpus: Corpus) -> str:
+    return hashlib.sha256(json.dumps(corpus.info, sort_keys=True).encode()).hexdigest()
+
+
+def check_resumable(checkpoint: Path, config: Config, world_size: int, corpus: Corpus) -> Position:
     """The position in a checkpoint that this run may go on from.
 
     Raises:
-        UserError: the checkpoint was written under other settings, or by another number of ranks.
+        UserError: the checkpoint was written under other settings, by another number of ranks or on another corpus.
     """
     written = validate(read_yaml(checkpoint / "config.yaml"), str(checkpoint / "config.yaml"))
     changed = {key: values for key, values in changed_keys(written, config).items() if key not in FREE}
@@ -96,6 +103,10 @@ def check_resumable(checkpoint: Path, config: Config, world_size: int) -> Positi
         raise UserError(
             f"{checkpoint} was written by {position.world_size} ranks, this run has {world_size}; "
             f"resume with --ranks {position.world_size}"
+        )
+    if position.corpus != corpus_digest(corpus):
+        raise UserError(
+            f"{checkpoint} was written on another corpus than {corpus.path}; resume with the corpus of the run"
         )
     return position
 

@@ -29,6 +29,7 @@ from jointfuse.model.network import Network
 from jointfuse.train.checkpoint import (
     Position,
     check_resumable,
+    corpus_digest,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -53,6 +54,8 @@ class Trainer:
         UserError: settings, data, weights or a checkpoint that cannot be used; nothing has been written then.
     """
 
+    log_every = 10  # steps between reading figures from the device
+
     def __init__(self, config: Config, run: Path, resume: bool) -> None:
         self.config, self.run = config, run
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -61,10 +64,10 @@ class Trainer:
         self.division = divide(settings, self.world_size)
         read_ds_config(settings)
         checkpoint = latest_checkpoint(run) if resume else None
-        self.position = Position(world_size=self.world_size)
-        if checkpoint:
-            self.position = check_resumable(checkpoint, config, self.world_size)
         self.corpus = open_corpus(config)
+        self.position = Position(world_size=self.world_size, corpus=corpus_digest(self.corpus))
+        if checkpoint:
+            self.position = check_resumable(checkpoint, config, self.world_size, self.corpus)
         torch.manual_seed(settings.seed)
         self.tokenizer = self._tokenizer()
         network = Network(
@@ -126,14 +129,13 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Train to the end, or until `train.patience` runs out. Returns the position as a dictionary."""
-        position, patience = self.position, self.config.train.patience
+        position = self.position
         with Display(self.steps, position.step, self.rank == 0) as self.display:
             self._report_start()
-            while position.step < self.steps:
-                if patience and position.evaluations_without_better >= patience:
-                    self.display.line(f"stopped early: no better dev score in {patience} evaluations")
-                    break
+            while position.step < self.steps and not self._out_of_patience():
                 self._epoch()
+            if position.step < self.steps:
+                self.display.line(f"stopped early: no better dev score in {self.config.train.patience} evaluations")
             self.display.line(
                 f"finished at step {position.step}; best dev weighted F1 {position.best_score:.4f} "
                 f"at step {position.best_step}: {self.run / 'best'}"
@@ -145,7 +147,7 @@ class Trainer:
 
     def _epoch(self) -> None:
         """The rest of the current epoch; ends early when steps or patience run out."""
-        position, settings = self.position, self.config.train
+        position = self.position
         window = _Window(self)
         for total, micro in self._batches():
             position.step += 1
@@ -161,14 +163,16 @@ class Trainer:
             if position.step % self.evaluate_every == 0 or last:
                 window.flush()
                 self._evaluate()
-            if position.step % self.save_every == 0 or last:
+            ends = last or self._out_of_patience()
+            if position.step % self.save_every == 0 or ends:
                 window.flush()  # a run that resumes here logs what one that never stopped does
                 save_checkpoint(self.engine, self.run, position, self.config)
-            spent = settings.patience and position.evaluations_without_better >= settings.patience
-            if last or spent:
+            if ends:
                 break
 
-    log_every = 10
+    def _out_of_patience(self) -> bool:
+        patience = self.config.train.patience
+        return patience is not None and self.position.evaluations_without_better >= patience
 
     def _batches(self) -> Iterator[tuple[int, list[Batch]]]:
         """(real utterances in the global batch, this rank's micro-batches) for the rest of the epoch."""

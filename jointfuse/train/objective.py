@@ -13,7 +13,7 @@ from jointfuse.model.network import Network
 
 
 class Objective(nn.Module):
-    """L = L_ERC + icl_weight * L_ICL.
+    """L = L_ERC + icl_weight * L_ICL, the contrastive pool being a micro-batch of every rank.
 
     The logarithm of the temperature is a parameter of shape (1,) where it is trained, and is read here, in the forward
     call of the module DeepSpeed holds: elsewhere it is empty under ZeRO-3.
