@@ -30,6 +30,7 @@ Part = Literal[
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -131,7 +132,7 @@ class ModelSettings(Settings):
 
 
 class LossSettings(Settings):
-    icl_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="L = L_ERC + icl_weight * L_ICL")
+    icl_weight: NotNegative = Field(1.0, description="L = L_ERC + icl_weight * L_ICL")
     temperature: Rate = 0.1
     train_temperature: bool = False
     normalize: bool = Field(True, description="false: the paper's raw dot products")
@@ -154,10 +155,10 @@ class TrainSettings(Settings):
     freeze: list[Part] = Field(["text_encoder"], description="parts that are not trained")
     betas: tuple[Share, Share] = (0.9, 0.999)
     epsilon: Rate = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="never on norms, biases and temperature")
+    weight_decay: NotNegative = Field(0.0, description="never on norms, biases and temperature")
     warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises")
     decay: Literal["linear", "cosine", "constant"] = "linear"
-    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0 turns clipping off")
+    clip: NotNegative = Field(1.0, description="largest gradient norm; 0 turns clipping off")
     checkpointing: bool = Field(False, description="recompute layers in the backward pass")
     init_from: str | None = Field(None, description="folder of an exported model (RUN/best) to start from")
 

@@ -1,5 +1,6 @@
 """Real ranks for tests: processes of their own that talk over gloo, watched, and ended together."""
 
+import atexit
 import os
 import pickle
 import signal
@@ -21,6 +22,8 @@ def run_ranks(
 ) -> list[Any]:
     """`work(*arguments)` in `world_size` processes that form one gloo group; what each returned, in rank order.
 
+    The processes stay for the next call with the same `world_size`: to start one is to import for ten seconds.
+
     Args:
         work: a function at the top of a module of tests/.
         folder: made for this call; output and results of the ranks lie there.
@@ -29,53 +32,78 @@ def run_ranks(
     Raises:
         AssertionError: a rank failed or the limit passed, with the end of that rank's output.
     """
+    global _alive
     folder.mkdir(parents=True)
-    job = folder / "job.pickle"
-    job.write_bytes(pickle.dumps((work.__module__, work.__name__, arguments)))
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    ranks = []
-    for rank in range(world_size):
-        with (folder / f"rank{rank}.log").open("wb") as log:
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, __file__, str(job)],
-                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
+    if _alive is None or _alive.world_size != world_size:
+        end_ranks()
+        _alive = _Ranks(world_size)
     try:
-        _wait(ranks, folder, limit)
-    finally:
-        for process in ranks:
+        return _alive.run((work.__module__, work.__name__, arguments), folder, limit)
+    except BaseException:
+        end_ranks()
+        raise
+
+
+class _Ranks:
+    """Processes that form one gloo group and wait for work on their standard input."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        environment = os.environ | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, __file__],
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+            )
+            for rank in range(world_size)
+        ]
+
+    def run(self, job: tuple[str, str, tuple[Any, ...]], folder: Path, limit: float) -> list[Any]:
+        (folder / "job.pickle").write_bytes(pickle.dumps(job))
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{folder}\n".encode())
+            process.stdin.flush()
+        answers = [folder / f"rank{rank}.pickle" for rank in range(self.world_size)]
+        deadline = time.monotonic() + limit
+        while not all(answer.exists() for answer in answers):
+            for rank, process in enumerate(self.processes):
+                status = process.poll()
+                assert status is None, f"rank {rank} ended with status {status}:\n{_output(folder, rank)}"
+            for rank, answer in enumerate(answers):
+                late = time.monotonic() > deadline and not answer.exists()
+                assert not late, f"rank {rank} still works after {limit} s:\n{_output(folder, rank)}"
+            time.sleep(0.05)
+        return [pickle.loads(answer.read_bytes()) for answer in answers]
+
+
+_alive: _Ranks | None = None
+
+
+def end_ranks() -> None:
+    global _alive
+    if _alive is not None:
+        for process in _alive.processes:
             end_group(process)
-    return [pickle.loads((folder / f"rank{rank}.pickle").read_bytes()) for rank in range(world_size)]
+    _alive = None
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, limit: float) -> None:
-    deadline = time.monotonic() + limit
-    while True:
-        states = [process.poll() for process in ranks]
-        failed = next((rank for rank, state in enumerate(states) if state), None)
-        assert failed is None, f"rank {failed} ended with status {states[failed]}:\n{_output(folder, failed)}"
-        if all(state == 0 for state in states):
-            return
-        slow = states.index(None)
-        assert time.monotonic() < deadline, f"rank {slow} still runs after {limit} s:\n{_output(folder, slow)}"
-        time.sleep(0.05)
+atexit.register(end_ranks)
 
 
 def _output(folder: Path, rank: int) -> str:
-    return (folder / f"rank{rank}.log").read_text(encoding="utf-8", errors="replace")[-SHOWN:]
+    log = folder / f"rank{rank}.log"
+    return log.read_text(encoding="utf-8", errors="replace")[-SHOWN:] if log.exists() else "(it never began)"
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
@@ -111,19 +139,28 @@ def run_program(
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def _rank(job: Path) -> None:
+def _rank() -> None:
+    """One rank: a folder a line comes in, its job.pickle is done, its rankN.pickle is written."""
     import importlib
 
     import torch.distributed as dist
 
-    module, name, arguments = pickle.loads(job.read_bytes())
-    work = getattr(importlib.import_module(module), name)
+    rank = os.environ["RANK"]
     dist.init_process_group("gloo")
-    result = work(*arguments)
-    dist.barrier()
-    dist.destroy_process_group()
-    (job.parent / f"rank{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(result))
+    for line in sys.stdin:
+        folder = Path(line.rstrip("\n"))
+        log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        module, name, arguments = pickle.loads((folder / "job.pickle").read_bytes())
+        result = getattr(importlib.import_module(module), name)(*arguments)
+        dist.barrier()
+        partial = folder / f".rank{rank}.partial"
+        partial.write_bytes(pickle.dumps(result))
+        partial.rename(folder / f"rank{rank}.pickle")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    _rank(Path(sys.argv[1]))
+    _rank()

@@ -112,7 +112,7 @@ def model_settings(**changes: Any) -> ModelSettings:
 def make_network(settings: ModelSettings, seed: int = 0, **options: Any) -> Network:
     """A network of random weights, none of them still at 0 or 1 as an initialisation may leave biases and norms."""
     torch.manual_seed(seed)
-    network = Network(settings, len(LABELS), MAX_SECONDS, tokenizer_size=VOCABULARY, **options)
+    network = Network(settings, len(LABELS), 48, MAX_SECONDS, tokenizer_size=VOCABULARY, **options)
     stir(network)
     return network
 

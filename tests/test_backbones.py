@@ -377,7 +377,7 @@ def test_stem_and_fused_layers_are_the_ones_asked_for(
     changes = {
         f"{kind}__{key}": v for kind in ("language", "vision") for key, v in (("stem_layers", stem), ("layers", which))
     }
-    network = Network(pretrained_settings(checkpoints, **changes), 2, MAX_SECONDS)
+    network = Network(pretrained_settings(checkpoints, **changes), 2, 48, MAX_SECONDS)
     for kind, name, own in (
         ("language", "encoder.layer.{}.output.dense.weight", "layer.output.dense.weight"),
         ("vision", "blocks.{}.mlp.fc1.weight", "block.mlp.fc1.weight"),
@@ -396,8 +396,9 @@ def test_an_exported_model_needs_neither_the_folders_nor_the_hub(
     checkpoints: Path, uneven_corpus: Corpus, tmp_path: Path
 ) -> None:
     settings = pretrained_settings(checkpoints, vision__stem_layers=1)
-    network = Network(settings, len(LABELS), MAX_SECONDS).eval()
-    tree = {"data": {"max_seconds": MAX_SECONDS}, "model": settings.model_dump(mode="json"), "train": {"steps": 1}}
+    network = Network(settings, len(LABELS), 48, MAX_SECONDS).eval()
+    data = {"max_seconds": MAX_SECONDS, "max_tokens": 48}
+    tree = {"data": data, "model": settings.model_dump(mode="json"), "train": {"steps": 1}}
     tokenizer = train_tokenizer(uneven_corpus.split("train"), 290)
     config = validate(tree, "test")
     save_model(tmp_path / "best", network.state_dict(), network, config, list(LABELS), (0.0, 1.0), tokenizer, {})

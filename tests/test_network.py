@@ -112,7 +112,7 @@ def test_literal_routing_needs_one_width() -> None:
 
 
 def test_every_block_has_joint_vectors_of_its_own() -> None:
-    network = Network(model_settings(joint_vectors=3), len(LABELS), MAX_SECONDS, tokenizer_size=50)
+    network = Network(model_settings(joint_vectors=3), len(LABELS), 48, MAX_SECONDS, tokenizer_size=50)
     vectors = [row for block in network.blocks for row in block.v]  # type: ignore[union-attr, operator]
     assert len(vectors) == 6
     for number, row in enumerate(vectors):
@@ -192,7 +192,7 @@ def test_the_grid_holds_the_longest_clip_there_can_be(max_seconds: float, patch:
     samples = round(max_seconds * 16_000)  # as the reader cuts
     frames = 1 + samples // 160
     settings = model_settings(modality="audio", vision__patch=patch)
-    network = Network(settings, 2, max_seconds).eval()
+    network = Network(settings, 2, 48, max_seconds).eval()
     rows, mask = network.vision_embed(torch.randn(1, frames, 80), torch.tensor([frames]))
     assert rows.shape[1] == 1 + 80 // patch[0] * -(-frames // patch[1])
     assert mask.all()
@@ -564,3 +564,10 @@ def test_a_damaged_export_is_one_clear_error(how: str, expected: str, tmp_path: 
         with pytest.raises(UserError, match=expected) as caught:
             read()
         assert str(folder) in str(caught.value)
+
+
+def test_a_text_longer_than_the_encoder_has_positions_for_is_refused_before_any_is_read() -> None:
+    settings = model_settings()
+    assert Network(settings, 2, 510, 1.0, tokenizer_size=50).reads_text
+    with pytest.raises(UserError, match=r"data.max_tokens = 511: the text encoder has positions for 510 tokens"):
+        Network(settings, 2, 511, 1.0, tokenizer_size=50)

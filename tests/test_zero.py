@@ -78,6 +78,7 @@ def test_the_loss_falls(runs: Runs) -> None:
 def test_a_sharded_run_has_the_losses_weights_and_scores_of_an_unsharded_one(runs: Runs, stage: int) -> None:
     plain, sharded = runs["straight", 0], runs["straight", stage]
     assert np.abs(sharded.losses - plain.losses).max() < LOSS_TOLERANCE
+    assert np.allclose(sharded.norms, runs["straight", 1].norms, rtol=1e-4)
     assert largest_difference(sharded.weights, plain.weights, NO_GRADIENT) < WEIGHT_TOLERANCE
     assert [row["step"] for row in plain.dev] == [7, 14, 20]
     assert sharded.dev == plain.dev

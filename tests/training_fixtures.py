@@ -145,6 +145,11 @@ class Trained:
         return np.array([[row["loss"], row["loss_erc"], row["loss_icl"]] for row in rows])
 
     @property
+    def norms(self) -> np.ndarray:
+        """(steps,) gradient norm: Adam and clipping hide a gradient's scale, this does not. Not kept at stage 0."""
+        return np.array([row["gradient_norm"] for row in self.rows if row["kind"] == "train"], dtype=float)
+
+    @property
     def dev(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["kind"] == "dev"]
 
@@ -166,16 +171,17 @@ def _trainer_class() -> Any:
 def trainer(recipe: Path, run: Path, *overrides: str, resume: bool = False) -> Iterator[Any]:
     """A Trainer that logs every step; its engine is taken apart afterwards."""
     import time
-    t=time.time()
+
+    t = time.time()
     made = _trainer_class()(load_config(str(recipe), overrides), run, resume)
     made.log_every = 1
-    print("TIME", "made", run.name, round(time.time()-t,2))
+    print("TIME", "made", run.name, round(time.time() - t, 2))
     try:
         yield made
     finally:
-        print("TIME", "end", run.name, round(time.time()-t,2))
+        print("TIME", "end", run.name, round(time.time() - t, 2))
         made.engine.destroy()
-        print("TIME", "destroyed", run.name, round(time.time()-t,2))
+        print("TIME", "destroyed", run.name, round(time.time() - t, 2))
 
 
 def train(recipe: Path, run: Path, *overrides: str, resume: bool = False, stop_after: int | None = None) -> Trained:

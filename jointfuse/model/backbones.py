@@ -12,6 +12,7 @@ import timm
 import torch
 from timm.models import VisionTransformer, get_model_args
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, RobertaConfig
+from transformers.utils import logging as transformers_logging
 
 from jointfuse.config import BackboneSettings, VisionSettings
 from jointfuse.errors import UserError
@@ -21,6 +22,7 @@ Description = dict[str, Any]
 
 for _noisy in ("timm.models._builder", "timm.models._hub", "huggingface_hub", "httpx"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
+transformers_logging.disable_progress_bar()
 
 
 def language_backbone(
@@ -93,7 +95,7 @@ def _pretrained(factory: Any, weights: str | None, setting: str, **options: Any)
         return (
             factory.from_pretrained(weights, use_safetensors=True, **options)
             if factory is AutoModel
-            else (factory.from_pretrained(weights))
+            else factory.from_pretrained(weights)
         )
     except Exception as error:  # transformers, the hub and safetensors raise kinds of their own
         raise UserError(_unavailable(weights, setting, error)) from error
@@ -131,6 +133,7 @@ def vision_backbone(
         "patch_size": patch,
         "in_chans": 1,
         "num_classes": 0,
+        "global_pool": "token",
         "proj_drop_rate": settings.dropout or 0.0,
         "drop_path_rate": settings.drop_path,
     }
@@ -151,17 +154,20 @@ def vision_backbone(
     name = f"local-dir:{settings.weights}" if local else settings.weights
     try:
         model = timm.create_model(name, pretrained=True, **sizes)
-    except TypeError as error:
-        raise UserError(
-            f"{setting}: '{settings.weights}' cannot serve; choose a model of timm's VisionTransformer family"
-        ) from error
+    except (TypeError, AssertionError) as error:
+        # The arguments are those of a VisionTransformer: something else takes offence at them.
+        raise UserError(_cannot_serve(settings.weights, timm.create_model(name, pretrained=False))) from error
     except Exception as error:  # timm, the hub and their transports raise kinds of their own
         raise UserError(_unavailable(settings.weights, setting, error)) from error
     if type(model) is not VisionTransformer or not model.has_class_token or model.pos_embed is None:
-        raise UserError(
-            f"{setting}: '{settings.weights}' is a {type(model).__name__} that cannot serve; choose a model of timm's "
-            f"VisionTransformer family with a class token and learned positions"
-        )
+        raise UserError(_cannot_serve(settings.weights, model))
     architecture = model.pretrained_cfg.get("architecture") or settings.weights
     # A folder or hub repository may change its architecture's widths and depth: those are arguments too.
     return model, {"architecture": architecture, "arguments": get_model_args(model) | sizes}
+
+
+def _cannot_serve(weights: str, model: torch.nn.Module) -> str:
+    return (
+        f"model.vision.weights: '{weights}' is a {type(model).__name__} that cannot serve; choose a model of timm's "
+        f"VisionTransformer family with a class token and learned positions"
+    )

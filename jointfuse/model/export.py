@@ -79,7 +79,11 @@ def load_model(folder: Path) -> Exported:
     description = _read_description(folder)
     config = validate(description["config"], str(folder / "model.json"))
     network = Network(
-        config.model, len(description["labels"]), config.data.max_seconds, descriptions=description["backbones"]
+        config.model,
+        len(description["labels"]),
+        config.data.max_tokens,
+        config.data.max_seconds,
+        descriptions=description["backbones"],
     )
     state = _read_weights(folder)
     try:

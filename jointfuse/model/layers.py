@@ -25,6 +25,13 @@ def require_language_family(config: PretrainedConfig, setting: str) -> None:
         )
 
 
+def longest_text(config: PretrainedConfig) -> int:
+    """Tokens that an encoder has positions for."""
+    # RoBERTa and its kin begin to count behind the padding token.
+    offset = 0 if config.model_type in ("bert", "electra") else config.pad_token_id + 1
+    return config.max_position_embeddings - offset
+
+
 class LanguageLayer(nn.Module):
     """One layer of a transformers encoder (LTrans). Joint vectors have no position: MPNet's bias is 0 for them."""
 

@@ -16,7 +16,7 @@ from jointfuse.data.features import FRAMES_PER_SECOND
 from jointfuse.errors import UserError
 from jointfuse.model.backbones import Description, language_backbone, vision_backbone
 from jointfuse.model.joint import JointBlock
-from jointfuse.model.layers import Extractor, LanguageLayer, VisionLayer, language_layers
+from jointfuse.model.layers import Extractor, LanguageLayer, VisionLayer, language_layers, longest_text
 
 
 class TextInput(nn.Module):
@@ -76,6 +76,7 @@ class Network(nn.Module):
     Args:
         settings: of the model.
         classes: C.
+        max_tokens: longest text.
         max_seconds: longest clip; its grid of patches is what positions are resampled to.
         tokenizer_size: vocabulary of an encoder built from scratch.
         descriptions: of an exported model's backbones; nothing pretrained is read then.
@@ -89,6 +90,7 @@ class Network(nn.Module):
         self,
         settings: ModelSettings,
         classes: int,
+        max_tokens: int,
         max_seconds: float,
         tokenizer_size: int = 0,
         descriptions: dict[str, Description] | None = None,
@@ -112,6 +114,11 @@ class Network(nn.Module):
             donor, self.descriptions["language"] = language_backbone(
                 settings.language, "model.language.weights", tokenizer_size, known.get("language")
             )
+            if max_tokens > longest_text(encoder.config):
+                raise UserError(
+                    f"data.max_tokens = {max_tokens}: the text encoder has positions for "
+                    f"{longest_text(encoder.config)} tokens"
+                )
             d_enc, d_t = encoder.config.hidden_size, donor.config.hidden_size
             extractor = settings.extractor
             if extractor.layers:

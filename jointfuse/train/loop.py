@@ -73,6 +73,7 @@ class Trainer:
         network = Network(
             config.model,
             len(self.corpus.labels),
+            config.data.max_tokens,
             config.data.max_seconds,
             tokenizer_size=len(self.tokenizer) if self.tokenizer else 0,
             checkpointing=settings.checkpointing,

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from distributed import run_ranks
+from training_fixtures import Trained, corpus, recipe, train
+
+from jointfuse.errors import UserError
+
+__all__ = ["corpus", "recipe"]
+
+pytestmark = pytest.mark.required
+BF16 = ("zero0_bf16", "zero1_bf16", "zero2_bf16", "zero2_offload_bf16", "zero3_bf16", "zero3_offload_bf16")
+OFFLOAD = ("zero2_offload", "zero3_offload")
+FP16 = ("zero0_fp16", "zero1_fp16", "zero2_fp16", "zero3_fp16")
+STEPS = 5
+Runs = dict[str, Trained | str]
+
+
+def every_file(recipe: Path, folder: Path) -> Runs:
+    """Each shipped DeepSpeed file: what was trained with it, or the line that refused it."""
+    runs: Runs = {}
+    for name in ("zero2", "zero3", *BF16, *OFFLOAD, *FP16):
+        settings = (f"train.deepspeed={name}", f"train.steps={STEPS}", "train.lr=1e-3")
+        try:
+            runs[name] = train(recipe, folder / name, *settings)
+        except UserError as error:
+            runs[name] = str(error)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("precision")
+    # The first use of a file that offloads compiles DeepSpeed's Adam for the CPU: minutes on a busy machine.
+    result: Runs = run_ranks(2, every_file, folder / "ranks", recipe, folder, limit=580)[0]
+    return result
+
+
+def trained(runs: Runs, name: str) -> Trained:
+    run = runs[name]
+    assert isinstance(run, Trained), run
+    assert run.losses.shape == (STEPS, 3)
+    assert np.isfinite(run.losses).all()
+    return run
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_bf16_follows_float32_at_every_stage(runs: Runs, name: str) -> None:
+    exact, half = trained(runs, "zero2"), trained(runs, name)
+    away = np.abs(half.losses - exact.losses).max()
+    # bf16 keeps 8 bits: 0.01 of a loss near 3. One step that Adam counts too many is 0.03 (so it was at stage 0).
+    assert 1e-6 < away < 0.012
+    assert np.allclose(half.norms, exact.norms, rtol=0.05)
+    assert half.losses[-1, 1] < half.losses[0, 1]
+
+
+@pytest.mark.parametrize("name", OFFLOAD)
+def test_offloading_changes_no_number(runs: Runs, name: str) -> None:
+    plain, offloaded = trained(runs, name.removesuffix("_offload")), trained(runs, name)
+    assert np.abs(offloaded.losses - plain.losses).max() < 1e-5
+    assert np.allclose(offloaded.norms, plain.norms, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FP16)
+def test_fp16_trains_or_is_refused_in_one_line_that_names_the_setting_and_the_device(runs: Runs, name: str) -> None:
+    run = runs[name]
+    if isinstance(run, str):
+        assert run.startswith(f"train.deepspeed = '{name}': this machine's device (cpu) cannot train in fp16; choose")
+        assert "\n" not in run
+    else:
+        trained(runs, name)
