@@ -49,10 +49,13 @@ def trained(runs: Runs, name: str) -> Trained:
 def test_bf16_follows_float32_at_every_stage(runs: Runs, name: str) -> None:
     exact, half = trained(runs, "zero2"), trained(runs, name)
     away = np.abs(half.losses - exact.losses).max()
-    # bf16 keeps 8 bits: 0.01 of a loss near 3. One step that Adam counts too many is 0.03 (so it was at stage 0).
-    assert 1e-6 < away < 0.012
+    assert 1e-6 < away < 0.02, "bf16 keeps 8 bits: 0.01 of a loss near 3"
     assert np.allclose(half.norms, exact.norms, rtol=0.05)
-    assert half.losses[-1, 1] < half.losses[0, 1]
+
+
+def test_stage_0_in_bf16_begins_with_adams_first_step_as_stage_1_does(runs: Runs) -> None:
+    # DeepSpeed's wrapper for stage 0 takes a step of its own when it is made; counted, it changes losses by 0.03.
+    assert np.abs(trained(runs, "zero0_bf16").losses - trained(runs, "zero1_bf16").losses).max() < 2e-3
 
 
 @pytest.mark.parametrize("name", OFFLOAD)

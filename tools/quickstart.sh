@@ -2,6 +2,10 @@
 # From nothing to a trained and evaluated model: text alone, audio alone and both, on a corpus made on the spot.
 #
 #   bash tools/quickstart.sh [OUT]        OUT: folder of corpus, runs and report (default: build/quickstart)
+if [[ ${1:-} == -* ]]; then
+    sed -n '2,4s/^# \{0,1\}//p' "$0"
+    exit 2
+fi
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh" demo
 out=${1:-build/quickstart}
 

@@ -96,7 +96,8 @@ def check_resumable(checkpoint: Path, config: Config, world_size: int, corpus: C
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise UserError(
             f"{checkpoint} was written with {key} = {old!r}, this run has {new!r}{more}; "
-            f"resume with the settings of the run, or start a new run folder"
+            f"resume with the settings of the run (--recipe {checkpoint.parents[1] / 'config.yaml'}), "
+            f"or start a new run"
         )
     position = Position(**json.loads((checkpoint / "position.json").read_text(encoding="utf-8")))
     if position.world_size != world_size:
