@@ -20,7 +20,7 @@ from training_fixtures import (
 __all__ = ["corpus", "recipe"]
 
 pytestmark = pytest.mark.required
-# Half precision, dropout, 3 micro-steps of 1 utterance a rank, decoding processes; test_zero.py has float32 at every stage.
+# bf16, dropout, 3 micro-steps of 1 utterance a rank, decoding processes; test_zero.py has float32 at every stage.
 SETTINGS = (*DROPOUT, "train.micro_batch=1", "train.steps=7", "train.save_every=2 steps")
 NAMES = ("zero0_bf16", "zero1_bf16")
 Runs = dict[tuple[str, str], Trained]

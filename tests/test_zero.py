@@ -20,8 +20,8 @@ __all__ = ["corpus", "recipe"]
 pytestmark = pytest.mark.required
 STAGES = (0, 1, 2, 3)
 STOP = 9  # of 20 steps; an epoch has 8
-# Two ranks, float32, dropout on (the same draws at every stage), 20 steps of a loss near 1: sums in another order are all
-# that may differ.
+# Two ranks, float32, dropout on (the same draws at every stage), 20 steps of a loss near 1: sums in another order are
+# all that may differ.
 LOSS_TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 1e-5
 Runs = dict[tuple[str, int], Trained]
