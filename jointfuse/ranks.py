@@ -26,7 +26,18 @@ def rank_main(work: Callable[[], None]) -> None:
         print(f"error: {'' if not rank else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
         # Without tearing down: the other ranks may be inside a collective that will not end.
         os._exit(USER_ERROR)
+    except RuntimeError as error:
+        if _means_a_lost_peer(error):
+            # The rank that failed has said why, and the launcher ends this one: no stack trace has the last word.
+            time.sleep(30)
+        raise
     _leave()
+
+
+def _means_a_lost_peer(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _join() -> None:

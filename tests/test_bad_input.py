@@ -230,7 +230,7 @@ def test_resuming_what_is_not_there_is_refused(refused: Refused, recipe: Path, r
     assert "names step-00000005, which is not there" in line
 
 
-# ----------------------------------------------------------------------------------------------- what only ranks can see
+# ---------------------------------------------------------------------------------------------- what only ranks can see
 
 
 def everything_wrong(recipe: Path, cases: dict[str, list[str]], folder: Path) -> dict[str, tuple[str, bool]]:
@@ -269,7 +269,8 @@ def answers(recipe: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
         "no vision weights": ["model.vision.weights=vit_nothing_patch16"],
         "too many blocks": ["model.blocks=9"],
         "all frozen": [
-            "train.freeze=[text_encoder, extractor, language, vision_embed, vision_stem, vision, joint, heads, temperature]"
+            "train.freeze=[text_encoder, extractor, language, vision_embed, vision_stem, vision, joint, heads, "
+            "temperature]"
         ],
         "nothing to start from": [f"train.init_from={empty}"],
         "gaps": [f"data.corpus={gapped}"],

@@ -15,6 +15,7 @@ from jointfuse.data.plan import evaluation_batches
 from jointfuse.data.shards import Corpus
 from jointfuse.data.stream import UtteranceReader
 from jointfuse.data.tokenizer import train_tokenizer
+from jointfuse.errors import UserError
 from jointfuse.evaluate import predict as predicting
 from jointfuse.evaluate import run as running
 from jointfuse.evaluate.metrics import Predictions
@@ -133,3 +134,14 @@ def test_evaluation_unpickles_nothing(run: Path, monkeypatch: pytest.MonkeyPatch
         pickle.loads(b"")
     running.evaluate_run(copied, "test")
     assert (copied / "eval-test" / "metrics.json").exists()
+
+
+def test_a_split_or_a_corpus_that_does_not_fit_the_model_is_refused(run: Path, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no split 'holdout'; there are train, dev, test"):
+        running.evaluate_run(run, "holdout")
+    other = Path(shutil.copytree(corpus, tmp_path / "other"))
+    info = json.loads((other / "corpus.json").read_text(encoding="utf-8"))
+    (other / "corpus.json").write_text(json.dumps(info | {"labels": ["a", "b", "c", "d"]}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"its labels are a, b, c, d; the model in .* was trained on anger, calm"):
+        running.evaluate_run(run, "test", str(other))
+    assert not (run / "eval-holdout").exists()

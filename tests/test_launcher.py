@@ -1,0 +1,136 @@
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from distributed import run_program
+from training_fixtures import corpus, recipe
+
+from jointfuse import launch
+from jointfuse.config import load_config
+from jointfuse.data.plan import Plan, micro_batches
+from jointfuse.data.shards import Corpus
+
+__all__ = ["corpus", "recipe"]
+
+pytestmark = pytest.mark.required
+SCRIPTS = Path(sys.executable).parent
+# As in a shell in which the virtual environment is not active.
+BARE = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
+STEPS = 12
+SETTINGS = (f"train.steps={STEPS}", "train.batch=6", "data.workers=1")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("launched") / "run"
+
+
+def test_the_command_trains_on_two_ranks_and_only_the_first_one_speaks(recipe: Path, run: Path) -> None:
+    command = [str(SCRIPTS / "jointfuse"), "train", "--recipe", str(recipe), "--run", str(run), "--ranks", "2"]
+    ended = run_program([*command, *SETTINGS], environment=BARE)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    assert not re.search(r"[\r\x1b]", ended.stdout), "plain lines where there is no terminal"
+    settings = load_config(str(recipe), SETTINGS).to_yaml()
+    assert ended.stdout.startswith(settings)
+    said = [line for line in ended.stdout[len(settings) :].splitlines() if line]
+    figures = r"loss \d+\.\d{4}  \d+\.\d utterances/s  \d+\.\d GiB  ETA \d:\d\d:\d\d"
+    score = r"weighted F1 0\.\d{4}, accuracy \d\.\d{4}, macro F1 0\.\d{4}  \(best so far\)"
+    expected = [
+        r"tiny: 43 utterances of tones, .* batch 6 = 2 ranks x 1 accumulated x 3, zero2 on cpu",
+        f"step 8/{STEPS}  epoch 1  {figures}",
+        f"step 10/{STEPS}  epoch 2  {figures}",
+        f"step {STEPS}/{STEPS}  epoch 2  {figures}",
+        f"dev at step {STEPS}: {score}",
+        rf"finished at step {STEPS}; best dev weighted F1 0\.\d{{4}} at step {STEPS}: {re.escape(str(run / 'best'))}",
+    ]
+    assert len(said) == len(expected), said
+    for line, pattern in zip(said, expected, strict=True):
+        assert re.fullmatch(pattern, line), line
+    made = {path.name for path in run.iterdir()}
+    assert made >= {"best", "checkpoints", "config.yaml", "environment.json", "finished", "metrics.jsonl", "tokenizer"}
+    assert json.loads((run / "environment.json").read_text(encoding="utf-8"))["ranks"] == 2
+
+
+def test_the_command_evaluates_that_run_on_two_ranks(run: Path) -> None:
+    command = [str(SCRIPTS / "jointfuse"), "eval", str(run), "--split", "test", "--ranks", "2"]
+    ended = run_program(command, environment=BARE)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    assert not re.search(r"[\r\x1b]", ended.stdout)
+    assert ended.stdout.count("13 samples") == 1
+    assert ended.stdout.splitlines()[-1] == f"report: {run / 'eval-test' / 'report.html'}"
+    metrics = json.loads((run / "eval-test" / "metrics.json").read_text(encoding="utf-8"))
+    assert f"{100 * metrics['weighted_f1']:.2f}" in ended.stdout
+
+
+def test_the_deepspeed_launcher_trains_the_module_directly(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [str(SCRIPTS / "deepspeed"), "--num_gpus", "2", "--module", "jointfuse.train", "--recipe", str(recipe)]
+    path = {"PATH": f"{SCRIPTS}:{BARE['PATH']}"}
+    ended = run_program([*command, "--run", str(run), "train.steps=2"], environment=path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("step 2/2  epoch 1") == 1
+    assert (run / "finished").read_text(encoding="utf-8") == "step 2\n"
+
+
+def damage_a_clip(corpus: Path, id: int) -> str:
+    """Overwrite the sound of one training utterance, none of its bytes moved; the utterance's key."""
+    split = Corpus.open(corpus).split("train")
+    entry = split.index[id]
+    tar = split.shards[int(entry["shard"])]
+    data = bytearray(tar.read_bytes())
+    begin = data.index(b"fLaC", int(entry["offset"]), int(entry["offset"]) + int(entry["size"]))
+    data[begin : begin + 64] = bytes(64)
+    tar.write_bytes(data)
+    return split.key(id)
+
+
+def test_a_rank_that_fails_alone_ends_the_job_with_its_line(recipe: Path, corpus: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(corpus, tmp_path / "copied"))
+    durations = np.asarray(Corpus.open(corpus).split("train").index["duration_ms"])
+    third_batch = Plan(durations, 6, seed=0).epoch(0)[0][2]
+    key = damage_a_clip(copied, int(micro_batches(third_batch, 2, 1, 1)[0, -1]))
+    command = [str(SCRIPTS / "jointfuse"), "train", "--recipe", str(recipe), "--run", str(tmp_path / "run")]
+    ended = run_program([*command, "--ranks", "2", f"data.corpus={copied}", "data.workers=1"], environment=BARE)
+    assert ended.returncode == 2, ended.stdout
+    assert re.fullmatch(rf"error: rank 1: .*{key} at byte \d+ cannot be read \(.*\); .*\n", ended.stderr), ended.stderr
+    assert not (tmp_path / "run" / "finished").exists()
+
+
+# ------------------------------------------------------------------------- endings that DeepSpeed's launcher blurs
+
+
+def fake_launcher(folder: Path, status: int) -> str:
+    (folder / "bin").mkdir()
+    (folder / "bin" / "deepspeed").write_text(f"import sys\nsys.exit({status})\n", encoding="utf-8")
+    return str(folder / "bin" / "python")
+
+
+@pytest.mark.parametrize(
+    ("status", "returned", "says"),
+    [
+        (0, 1, "error: .*: the launcher was killed before the run ended; go on with --resume\n"),
+        (247, 247, r"error: a rank of jointfuse.train was killed \(exit status 247\); if memory ran out, .*\n"),
+        (2, 2, ""),
+        (1, 1, ""),
+    ],
+)
+def test_no_ending_is_silent_and_none_but_success_is_0(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    status: int,
+    returned: int,
+    says: str,
+) -> None:
+    real = sys.executable
+    fake = fake_launcher(tmp_path, status)
+    Path(fake).symlink_to(real)
+    monkeypatch.setattr(sys, "executable", fake)
+    assert launch.launch_training("demo", [], tmp_path / "run", resume=False, ranks=1) == returned
+    assert re.fullmatch(says, capsys.readouterr().err)
