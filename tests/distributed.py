@@ -15,6 +15,7 @@ from typing import Any
 from jointfuse.ranks import free_port
 
 SHOWN = 4000  # characters of a failing rank's output
+KEPT = 2  # groups alive beside each other
 
 
 def run_ranks(
@@ -22,7 +23,8 @@ def run_ranks(
 ) -> list[Any]:
     """`work(*arguments)` in `world_size` processes that form one gloo group; what each returned, in rank order.
 
-    The processes stay for the next call with the same `world_size`: to start one is to import for ten seconds.
+    The processes stay for the next call with the same `world_size`: to start one is to import for ten seconds. What a
+    library changes for a whole process stays too, such as torch's linear function after a first use of ZeRO-3.
 
     Args:
         work: a function at the top of a module of tests/.
@@ -32,15 +34,15 @@ def run_ranks(
     Raises:
         AssertionError: a rank failed or the limit passed, with the end of that rank's output.
     """
-    global _alive
     folder.mkdir(parents=True)
-    if _alive is None or _alive.world_size != world_size:
-        end_ranks()
-        _alive = _Ranks(world_size)
+    ranks = _alive.pop(world_size, None) or _Ranks(world_size)
+    while len(_alive) >= KEPT:
+        end_ranks(next(iter(_alive)))
+    _alive[world_size] = ranks
     try:
-        return _alive.run((work.__module__, work.__name__, arguments), folder, limit)
+        return ranks.run((work.__module__, work.__name__, arguments), folder, limit)
     except BaseException:
-        end_ranks()
+        end_ranks(world_size)
         raise
 
 
@@ -87,15 +89,14 @@ class _Ranks:
         return [pickle.loads(answer.read_bytes()) for answer in answers]
 
 
-_alive: _Ranks | None = None
+_alive: dict[int, _Ranks] = {}  # by world size, the one used last at the end
 
 
-def end_ranks() -> None:
-    global _alive
-    if _alive is not None:
-        for process in _alive.processes:
+def end_ranks(*world_sizes: int) -> None:
+    """End the processes of these groups, or of all."""
+    for world_size in world_sizes or tuple(_alive):
+        for process in _alive.pop(world_size).processes:
             end_group(process)
-    _alive = None
 
 
 atexit.register(end_ranks)

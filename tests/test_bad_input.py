@@ -156,6 +156,16 @@ def test_a_missing_split_is_named(refused: Refused, recipe: Path, run: Path, cop
     assert not run.parent.exists()
 
 
+def test_a_comparison_without_a_test_split_is_refused_before_training(
+    refused: Refused, recipe: Path, run: Path, copied: Path
+) -> None:
+    info = json.loads((copied / "corpus.json").read_text(encoding="utf-8"))
+    del info["splits"]["test"]
+    (copied / "corpus.json").write_text(json.dumps(info), encoding="utf-8")
+    assert "no split 'test'" in refused("compare", "--recipe", recipe, "--out", run, f"data.corpus={copied}")
+    assert not run.parent.exists()
+
+
 def test_a_corpus_that_was_never_finished_is_named(refused: Refused, recipe: Path, run: Path, copied: Path) -> None:
     (copied / "corpus.json").unlink()
     assert "no corpus.json" in refused("train", "--recipe", recipe, "--run", run, f"data.corpus={copied}")

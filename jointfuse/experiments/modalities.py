@@ -31,6 +31,9 @@ def compare_modalities(
     Raises:
         UserError: bad settings, or a training that failed.
     """
+    from jointfuse.train.loop import open_corpus
+
+    open_corpus(load_config(recipe, overrides)).split("test")  # missing, it would be noticed only after a training
     scores: dict[str, list[dict[str, Any]]] = {name: [] for name in MODALITIES}
     seconds: dict[str, float] = {}
     for seed in range(seeds):
