@@ -9,6 +9,7 @@ from training_fixtures import (
     Stopped,
     Trained,
     corpus,
+    die_after,
     largest_difference,
     outcome,
     recipe,
@@ -78,14 +79,7 @@ def patience_over_two_lives(recipe: Path, folder: Path) -> tuple[Trained, Traine
     def live(run: Path, resume: bool, stop_after: int | None) -> Trained:
         with trainer(recipe, run, *settings, resume=resume) as made:
             loop.score = lambda labels, predicted, names: scores(names, given[made.position.step])
-            step = made._step
-
-            def step_or_die(*arguments: Any) -> None:
-                if stop_after is not None and made.position.step > stop_after:
-                    raise Stopped
-                step(*arguments)
-
-            made._step = step_or_die
+            die_after(made, stop_after)
             try:
                 made.train()
             except Stopped:

@@ -170,31 +170,30 @@ def _trainer_class() -> Any:
 @contextmanager
 def trainer(recipe: Path, run: Path, *overrides: str, resume: bool = False) -> Iterator[Any]:
     """A Trainer that logs every step; its engine is taken apart afterwards."""
-    import time
-
-    t = time.time()
     made = _trainer_class()(load_config(str(recipe), overrides), run, resume)
     made.log_every = 1
-    print("TIME", "made", run.name, round(time.time() - t, 2))
     try:
         yield made
     finally:
-        print("TIME", "end", run.name, round(time.time() - t, 2))
         made.engine.destroy()
-        print("TIME", "destroyed", run.name, round(time.time() - t, 2))
+
+
+def die_after(made: Any, stop_after: int | None) -> None:
+    """Have a Trainer raise Stopped in the step behind `stop_after`; None lets it live."""
+    step = made._step
+
+    def step_or_die(*arguments: Any) -> None:
+        if stop_after is not None and made.position.step > stop_after:
+            raise Stopped
+        step(*arguments)
+
+    made._step = step_or_die
 
 
 def train(recipe: Path, run: Path, *overrides: str, resume: bool = False, stop_after: int | None = None) -> Trained:
     """A whole training in this rank, or one that dies after the step `stop_after` without another word."""
     with trainer(recipe, run, *overrides, resume=resume) as made:
-        step = made._step
-
-        def step_or_die(*arguments: Any) -> None:
-            if stop_after is not None and made.position.step > stop_after:
-                raise Stopped
-            step(*arguments)
-
-        made._step = step_or_die
+        die_after(made, stop_after)
         try:
             made.train()
         except Stopped:
