@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: without a GPU they are interpreted
 
 if TYPE_CHECKING:
     from jointfuse.data.shards import Corpus

@@ -1,76 +1,62 @@
-"""Equation (7) against a dense reference by autograd, on one rank and on several."""
+"""Equation (7), every backend: against the formula anchor by anchor, and against each other."""
 
 import math
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from distributed import run_ranks
-from hypothesis import given
+from contrast_reference import contrast_by_hand
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from jointfuse.losses import inter_class_contrastive_loss
+from jointfuse.losses import InterClassContrastiveLoss, inter_class_contrastive_loss
+from jointfuse.losses.backends import backend, tiled, triton
+from jointfuse.losses.icl import contrast
 
+# Where there is a GPU the kernels are compiled for it: tests/test_icl_gpu.py.
+BACKENDS = ["reference", "tiled", *(["triton"] if triton.INTERPRETED else [])]
+interpreted = pytest.mark.skipif(not triton.INTERPRETED, reason="the kernels are compiled here: tests/test_icl_gpu.py")
 WIDTH = 6
-
-
-def reference(
-    features: torch.Tensor, labels: torch.Tensor, temperature: torch.Tensor | float, normalize: bool
-) -> torch.Tensor:
-    """Equation (7) anchor by anchor, as it is written; the mean over the anchors that have a partner."""
-    z = features / features.norm(dim=1, keepdim=True) if normalize else features
-    losses = []
-    for i, label in enumerate(labels.tolist()):
-        others = [j for j in range(len(z)) if j != i]
-        partners = [j for j in others if labels[j] == label]
-        if partners:
-            losses.append((z[others] @ z[i] / temperature).logsumexp(0) - (z[partners] @ z[i] / temperature).mean())
-    return torch.stack(losses).mean() if losses else 0.0 * features.sum()
+Outcome = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @st.composite
-def pools(draw: st.DrawFn) -> dict[str, Any]:
+def pools(draw: st.DrawFn, largest: int) -> dict[str, Any]:
     """Features (n, 6) float64, labels (n,), tau, ...: one class, all different, and everything between."""
-    n = draw(st.integers(1, 60))
+    n = draw(st.integers(1, largest))
     classes = draw(st.sampled_from([1, 2, 3, 7, n]))
-    labels = draw(st.permutations(range(n))) if classes == n else draw(_lists(n, classes))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    labels = torch.randint(classes, (n,), generator=generator) if classes < n else torch.randperm(n, generator=generator)
     # From rows that all but coincide to rows that have nothing in common.
     spread = draw(st.sampled_from([0.01, 1.0, 10.0]))
-    noise = torch.randn(n, WIDTH, generator=generator, dtype=torch.float64)
     return {
-        "features": 1.0 + spread * noise,
-        "labels": torch.tensor(labels),
+        "features": 1.0 + spread * torch.randn(n, WIDTH, generator=generator, dtype=torch.float64),
+        "labels": labels,
         "tau": math.exp(draw(st.floats(math.log(0.01), 0.0))),
         "normalize": draw(st.booleans()),
-        "tile": draw(st.sampled_from([1, 7, 1024])),
+        "tile": draw(st.sampled_from([1, 7, 64, 1024])),
     }
 
 
-def _lists(n: int, classes: int) -> st.SearchStrategy[list[int]]:
-    return st.lists(st.integers(0, classes - 1), min_size=n, max_size=n)
-
-
-def ours(case: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def ours(case: dict[str, Any], name: str, dtype: torch.dtype = torch.float64) -> Outcome:
     """Loss, gradient of features, gradient of temperature; the upstream gradient is 3."""
     features = case["features"].to(dtype, copy=True).requires_grad_()
-    tau = torch.tensor([case["tau"]], dtype=dtype, requires_grad=True)
-    loss = inter_class_contrastive_loss(features, case["labels"], tau, normalize=case["normalize"], tile=case["tile"])
-    (3 * loss).backward()
+    tau = torch.tensor([case["tau"]], dtype=torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiled.TILE, "cpu", case.get("tile", 1024))
+        loss = inter_class_contrastive_loss(
+            features, case["labels"], tau, normalize=case["normalize"], backend=name
+        )
+        (3 * loss).backward()
     assert features.grad is not None
     assert tau.grad is not None
     return loss.detach(), features.grad, tau.grad
 
 
-def dense(case: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def by_hand(case: dict[str, Any]) -> Outcome:
     features = case["features"].clone().requires_grad_()
     tau = torch.tensor([case["tau"]], dtype=torch.float64, requires_grad=True)
-    loss = reference(features, case["labels"], tau, case["normalize"])
+    loss = contrast_by_hand(features, case["labels"], tau, case["normalize"])
     (3 * loss).backward()
     assert features.grad is not None
     return loss.detach(), features.grad, torch.zeros_like(tau) if tau.grad is None else tau.grad
@@ -82,42 +68,83 @@ def scale(case: dict[str, Any]) -> float:
     return 1.0 + norm**2 / case["tau"]
 
 
-@given(pools())
-def test_value_and_gradients_are_those_of_the_dense_loss(case: dict[str, Any]) -> None:
-    for found, expected in zip(ours(case, torch.float64), dense(case), strict=True):
+@given(pools(60), st.sampled_from(["reference", "tiled"]))
+def test_value_and_gradients_are_those_of_the_formula(case: dict[str, Any], name: str) -> None:
+    for found, expected in zip(ours(case, name), by_hand(case), strict=True):
         slack = 1e-12 * scale(case) / case["tau"]
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=slack)
 
 
-@given(pools().filter(lambda case: case["normalize"]))
+@given(pools(200))
+@settings(max_examples=200)
+def test_tiles_of_any_size_give_what_all_similarities_at_once_give(case: dict[str, Any]) -> None:
+    for found, expected in zip(ours(case, "tiled"), ours(case, "reference"), strict=True):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12 * scale(case) / case["tau"])
+
+
+@given(pools(200).filter(lambda case: case["normalize"]))
 def test_float32_keeps_four_digits(case: dict[str, Any]) -> None:
     case["features"] = case["features"].float().double()  # so that both read the same numbers
     slack = 1e-6 * scale(case)
     for found, expected, roundings in zip(
-        ours(case, torch.float32), dense(case), (slack, slack, slack / case["tau"]), strict=True
+        ours(case, "tiled", torch.float32), ours(case, "reference"), (slack, slack, slack / case["tau"]), strict=True
     ):
         assert found.dtype == torch.float32
         largest = float(expected.abs().max())
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4 * largest + roundings)
 
 
+@interpreted
+@pytest.mark.parametrize(("n", "width"), [(1, 1), (2, 3), (33, 16), (50, 37)])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_a_row_without_partner_between_equal_rows_leaves_no_nan_at_a_small_temperature(normalize: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernels_agree_with_float64(n: int, width: int, normalize: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(n)
+    case = {
+        "features": torch.randn(n, width, generator=generator).to(dtype).double(),
+        "labels": torch.randint(5, (n,), generator=generator),
+        "tau": 0.2 if normalize else 3.0,
+        "normalize": normalize,
+    }
+    digits = 1e-5 if dtype == torch.float32 else 4e-3
+    for found, expected in zip(ours(case, "triton", dtype), ours(case, "reference"), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=digits, atol=digits * float(expected.abs().max()))
+
+
+@interpreted
+def test_a_pool_wider_than_one_panel_of_coefficients_is_pulled_panel_by_panel(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = {"features": torch.randn(40, 9).double(), "labels": torch.arange(40) % 3, "tau": 0.3, "normalize": True}
+    whole = ours(case, "triton", torch.float32)
+    monkeypatch.setattr(triton, "PANEL_BYTES", 7 * 40 * 4)  # seven rows, which no tile divides
+    for found, expected in zip(ours(case, "triton", torch.float32), whole, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_row_without_partner_between_equal_rows_leaves_no_nan_at_a_small_temperature(
+    normalize: bool, name: str
+) -> None:
     # exp(s) overflows float32 for every pair here: 100 normalised, 900 raw.
     features = torch.full((5, 9), 1.0, requires_grad=True)
-    loss = inter_class_contrastive_loss(features, torch.tensor([0, 1, 2, 3, 3]), 0.01, normalize=normalize)
+    loss = inter_class_contrastive_loss(
+        features, torch.tensor([0, 1, 2, 3, 3]), 0.01, normalize=normalize, backend=name
+    )
     loss.backward()
     assert loss.item() == pytest.approx(math.log(4), abs=1e-4)
     assert features.grad is not None
     assert features.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("labels", [[], [2], [0, 1, 2, 5]])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_where_nobody_has_a_partner_loss_and_gradients_are_zero(labels: list[int], normalize: bool) -> None:
+def test_where_nobody_has_a_partner_loss_and_gradients_are_zero(labels: list[int], normalize: bool, name: str) -> None:
     features = (100 * torch.randn(len(labels), 4)).requires_grad_()
     tau = torch.tensor([0.01], requires_grad=True)
-    loss = inter_class_contrastive_loss(features, torch.tensor(labels, dtype=torch.long), tau, normalize=normalize)
+    given_labels = torch.tensor(labels, dtype=torch.long)
+    loss = inter_class_contrastive_loss(features, given_labels, tau, normalize=normalize, backend=name)
     loss.backward()
     assert loss.item() == 0
     for tensor in (features, tau):
@@ -125,166 +152,204 @@ def test_where_nobody_has_a_partner_loss_and_gradients_are_zero(labels: list[int
         assert (tensor.grad == 0).all()
 
 
-def test_rows_that_are_not_valid_are_neither_anchors_nor_keys() -> None:
-    features = torch.randn(7, WIDTH, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_row_of_zeros_has_no_direction_and_gets_no_gradient(name: str) -> None:
+    features = torch.randn(6, 4)
+    features[2] = 0
+    features.requires_grad_()
+    inter_class_contrastive_loss(features, torch.tensor([0, 1, 0, 1, 0, 1]), 0.1, backend=name).backward()
+    assert features.grad is not None
+    assert features.grad.isfinite().all()
+    assert (features.grad[2] == 0).all()
+    assert (features.grad[[0, 1, 3]] != 0).any(dim=1).all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rows_that_are_not_valid_are_neither_anchors_nor_keys_and_may_hold_anything(name: str) -> None:
+    features = torch.randn(7, WIDTH)
     labels = torch.tensor([0, 1, 0, 1, 1, 2, 0])
     valid = torch.tensor([True, True, False, True, False, True, True])
-    loss = inter_class_contrastive_loss(features, labels, 0.3, valid=valid)
+    features[~valid] = math.nan
+    features.requires_grad_()
+    loss = inter_class_contrastive_loss(features, labels, 0.3, valid=valid, backend=name)
     (gradient,) = torch.autograd.grad(loss, features)
     kept = features.detach()[valid].requires_grad_()
-    expected = reference(kept, labels[valid], 0.3, normalize=True)
+    expected = contrast_by_hand(kept, labels[valid], 0.3, normalize=True)
     (expected_gradient,) = torch.autograd.grad(expected, kept)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradient[valid], expected_gradient)
+    torch.testing.assert_close(gradient[valid], expected_gradient, rtol=1e-4, atol=1e-6)
     assert (gradient[~valid] == 0).all()
 
 
-def test_sixteen_bit_features_are_accumulated_in_float32() -> None:
-    features = torch.randn(40, 16).bfloat16().requires_grad_()
+def test_labels_may_be_any_integers() -> None:
+    features, labels = torch.randn(9, 4), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 7])
+    plain = inter_class_contrastive_loss(features, labels, 0.1)
+    strange = inter_class_contrastive_loss(features, (labels * 10**12 - 5).to(torch.int64), 0.1)
+    torch.testing.assert_close(strange, plain)
+    torch.testing.assert_close(inter_class_contrastive_loss(features, labels.to(torch.int32), 0.1), plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(n, torch.bfloat16) for n in BACKENDS[:2]] + [(n, torch.float16) for n in BACKENDS]
+)
+def test_half_precision_features_are_accumulated_in_float32(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    features = torch.randn(40, 16).to(dtype).requires_grad_()
     labels = torch.arange(40) % 3
-    loss = inter_class_contrastive_loss(features, labels, 0.05)
+    loss = inter_class_contrastive_loss(features, labels, 0.05, backend=name)
     loss.backward()
     assert loss.dtype == torch.float32
     assert features.grad is not None
-    assert features.grad.dtype == torch.bfloat16
-    assert loss.item() == pytest.approx(reference(features.detach().double(), labels, 0.05, True).item(), rel=1e-4)
+    assert features.grad.dtype == dtype
+    # The loss sees the normalised rows in the precision they came in.
+    z = (features.detach().float() / features.detach().float().norm(dim=1, keepdim=True)).to(dtype).double()
+    assert loss.item() == pytest.approx(contrast_by_hand(z, labels, 0.05, False).item(), rel=1e-6)
 
 
-def test_nothing_of_the_size_of_all_pairs_outlives_the_forward_pass() -> None:
+def test_nothing_of_the_size_of_all_pairs_outlives_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiled.TILE, "cpu", 32)
     pairs, kept = 300 * 300, []
     features = torch.randn(300, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        inter_class_contrastive_loss(features, torch.arange(300) % 5, 0.1, tile=32)
+        inter_class_contrastive_loss(features, torch.arange(300) % 5, 0.1)
     assert 0 < max(kept) < pairs / 10
 
 
-@pytest.mark.parametrize("tau", [0.0, -0.1, math.nan])
-def test_a_temperature_that_is_not_positive_is_refused(tau: float) -> None:
+# --------------------------------------------------------------------------------------------------- statistics, module
+
+
+def test_statistics_are_those_of_all_pairs() -> None:
+    features, labels = torch.randn(30, 5, dtype=torch.float64), torch.randint(6, (30,))
+    labels[0] = 9
+    valid = torch.rand(30) > 0.2
+    valid[0] = True
+    loss = InterClassContrastiveLoss()
+    loss(features, labels, valid)
+    z, y = torch.nn.functional.normalize(features[valid]), labels[valid]
+    s, same = z @ z.T, y == y[:, None]
+    apart = ~torch.eye(len(z), dtype=torch.bool)
+    found = loss.statistics
+    assert found is not None
+    assert found.pool == found.anchors == len(z)
+    assert found.counted == int(((same & apart).sum(1) > 0).sum()) < len(z)
+    torch.testing.assert_close(found.positive, s[same & apart].mean())
+    torch.testing.assert_close(found.negative, s[~same].mean())
+
+
+def test_a_temperature_that_is_trained_starts_where_it_is_set() -> None:
+    loss = InterClassContrastiveLoss(0.07, train_temperature=True)
+    assert [name for name, _ in loss.named_parameters()] == ["log_temperature"]
+    features, labels = torch.randn(12, 5), torch.arange(12) % 3
+    value = loss(features, labels)
+    value.backward()
+    torch.testing.assert_close(value, inter_class_contrastive_loss(features, labels, 0.07))
+    tau = torch.tensor([0.07], dtype=torch.float64, requires_grad=True)
+    contrast_by_hand(features.double(), labels, tau, True).backward()
+    assert tau.grad is not None
+    assert loss.log_temperature.grad is not None
+    assert loss.log_temperature.grad.item() == pytest.approx(tau.grad.item() * 0.07, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_past_features_are_keys_but_not_anchors(name: str) -> None:
+    torch.manual_seed(4)
+    loss = InterClassContrastiveLoss(0.2, backend=name, queue=7, width=5)
+    steps = [(torch.randn(n, 5), torch.randint(3, (n,))) for n in (4, 5, 3)]
+    past, past_labels = torch.zeros(0, 5), torch.zeros(0, dtype=torch.long)
+    for features, labels in steps:
+        anchors = features.clone().requires_grad_()
+        loss(anchors, labels).backward()
+        wanted = features.double().clone().requires_grad_()
+        keys = torch.cat([torch.nn.functional.normalize(wanted), past.double()])
+        every = torch.cat([labels, past_labels])
+        expected = contrast_by_hand(keys, every, 0.2, False, anchors=len(labels))
+        expected.backward()
+        assert anchors.grad is not None
+        assert wanted.grad is not None
+        torch.testing.assert_close(anchors.grad.double(), wanted.grad, rtol=1e-4, atol=1e-6)
+        past = torch.cat([torch.nn.functional.normalize(features), past])[:7]
+        past_labels = torch.cat([labels, past_labels])[:7]
+    torch.testing.assert_close(loss.past_features, past)
+    assert loss.past_labels.tolist() == past_labels.tolist()
+
+
+def test_the_queue_stands_still_in_evaluation_and_travels_in_the_state() -> None:
+    torch.manual_seed(4)
+    loss = InterClassContrastiveLoss(0.2, queue=6, width=5)
+    loss(torch.randn(4, 5), torch.randint(3, (4,)))
+    other = InterClassContrastiveLoss(0.2, queue=6, width=5)
+    other.load_state_dict(loss.state_dict())
+    features, labels = torch.randn(3, 5), torch.tensor([0, 1, 1])
+    loss.eval()
+    before = [loss(features, labels) for _ in range(2)]
+    assert before[0] == before[1] == other(features, labels)
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("tau", [0.0, -0.1, math.nan, math.inf])
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_a_temperature_that_is_not_positive_is_refused(tau: float, as_tensor: bool) -> None:
+    temperature = torch.tensor([tau]) if as_tensor else tau
     with pytest.raises(ValueError, match="temperature must be positive"):
-        inter_class_contrastive_loss(torch.randn(4, 2), torch.tensor([0, 0, 1, 1]), tau)
+        inter_class_contrastive_loss(torch.randn(4, 2), torch.tensor([0, 0, 1, 1]), temperature)
 
 
-@pytest.mark.parametrize(("shape", "count"), [((4,), 4), ((4, 2, 1), 4), ((4, 2), 3)])
-def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...], count: int) -> None:
-    with pytest.raises(ValueError, match=r"must be \(n, D\) and \(n,\)"):
-        inter_class_contrastive_loss(torch.randn(shape), torch.zeros(count, dtype=torch.long), 0.1)
+@pytest.mark.parametrize(
+    ("features", "labels", "valid", "message"),
+    [
+        (torch.randn(4), torch.zeros(4, dtype=torch.long), None, r"features must be \(n, D\)"),
+        (torch.randn(4, 2, 1), torch.zeros(4, dtype=torch.long), None, r"features must be \(n, D\)"),
+        (torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, dtype=torch.long), None, "floating point"),
+        (torch.randn(4, 2), torch.zeros(3, dtype=torch.long), None, r"labels \(3,\) must be \(n,\)"),
+        (torch.randn(4, 2), torch.zeros(4, 1, dtype=torch.long), None, r"labels \(4, 1\) must be \(n,\)"),
+        (torch.randn(4, 2), torch.zeros(4), None, "labels must be integers, got torch.float32"),
+        (torch.randn(4, 2), torch.zeros(4, dtype=torch.bool), None, "labels must be integers, got torch.bool"),
+        (torch.randn(4, 2), torch.zeros(4, dtype=torch.long), torch.ones(4), r"valid must be \(n,\) bool"),
+        (torch.randn(4, 2), torch.zeros(4, dtype=torch.long), torch.ones(3) > 0, r"valid must be \(n,\) bool"),
+    ],
+)
+def test_shapes_and_dtypes_that_do_not_fit_are_refused(
+    features: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        inter_class_contrastive_loss(features, labels, 0.1, valid=valid)
 
 
-# ------------------------------------------------------------------------------------------------------- several ranks
-
-# Labels of each rank's rows; -1 marks a row that is not valid. (What a rank lacks stays empty.)
-POOLS = {
-    "uneven": [[0, 1, 0, 2, 1], [1, 2], [0, 0, 3]],
-    "one rank has no row": [[], [0, 1, 1, 0], [2, 0]],
-    "one rank has no row that counts": [[4, 5, 6], [0, 0, 1], [1, 1]],
-    "partners only on other ranks": [[0, 1, 2], [0, 1, 2], [0, 1, 7]],
-    "rows that are not valid": [[0, -1, 1, 0], [-1, -1], [1, 0, -1]],
-    "one class": [[3, 3], [3], [3, 3, 3, 3]],
-    "one row": [[], [2], []],
-    "no row": [[], [], []],
-}
-CASES = [
-    {"pool": pool, "normalize": normalize, "tau": tau, "tile": tile, "seed": seed}
-    for seed, (pool, normalize, tau, tile) in enumerate(
-        (pool, normalize, tau, tile)
-        for pool in POOLS
-        for normalize, tau, tile in ((True, 0.05, 2), (False, 0.8, 1024), (True, 1.0, 3))
-    )
-]
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_features_that_are_not_finite_are_named_by_row(value: float) -> None:
+    features = torch.randn(6, 3)
+    features[4, 1] = value
+    with pytest.raises(ValueError, match="features: row 4 is not finite"):
+        inter_class_contrastive_loss(features, torch.tensor([0, 0, 1, 1, 0, 1]), 0.1)
 
 
-def encoder() -> nn.Module:
-    torch.manual_seed(5)
-    return nn.Linear(4, WIDTH, dtype=torch.float64)
+def test_an_unknown_backend_and_one_that_cannot_work_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match="backend 'fast': choose one of auto, reference, tiled, triton"):
+        backend("fast", cpu, torch.float32, 8)
+    with pytest.raises(ValueError, match="backend 'triton' accumulates in float32"):
+        backend("triton", cpu, torch.float64, 8)
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="backend 'triton' needs a GPU"):
+        backend("triton", cpu, torch.float32, 8)
 
 
-def rows_of(case: dict[str, Any], world_size: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Inputs (n, 4), labels and validity of each rank. Rows beyond the last rank are dealt to the ranks there are."""
-    generator = torch.Generator().manual_seed(case["seed"])
-    dealt: list[list[int]] = [[] for _ in range(world_size)]
-    for number, labels in enumerate(POOLS[case["pool"]]):
-        dealt[number % world_size] += labels
-    ranks = []
-    for labels in dealt:
-        given_labels = torch.tensor(labels, dtype=torch.long)
-        inputs = torch.randn(len(labels), 4, generator=generator, dtype=torch.float64)
-        ranks.append((inputs, given_labels.clamp_min(0), given_labels >= 0))
-    return ranks
+def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
+    from jointfuse.losses import backends
+
+    backends._say.cache_clear()
+    with caplog.at_level("INFO", logger="jointfuse"):
+        for _ in range(2):
+            contrast(torch.randn(4, 2), torch.tensor([0, 0, 1, 1]), 0.1)
+    assert [record.getMessage() for record in caplog.records] == ["contrastive loss: backend tiled on cpu"]
 
 
-def rank_losses(world_size: int) -> list[dict[str, Any]]:
-    """In a rank: loss and gradients of every case, as this rank sees them and averaged over the ranks."""
-    results = []
-    for case in CASES:
-        inputs, labels, valid = rows_of(case, world_size)[dist.get_rank()]
-        model = encoder()
-        tau = torch.tensor([case["tau"]], dtype=torch.float64, requires_grad=True)
-        with CountCollectives() as forward:
-            loss = inter_class_contrastive_loss(
-                model(inputs), labels, tau, valid=valid, normalize=case["normalize"], tile=case["tile"]
-            )
-        with CountCollectives() as backward:
-            (2 * loss).backward()
-        raw = [loss.detach(), *(p.grad for p in model.parameters()), tau.grad]
-        mean = [tensor / world_size for tensor in raw]
-        for tensor in mean:
-            dist.all_reduce(tensor)
-        results.append(
-            {
-                "raw": [tensor.numpy() for tensor in raw],
-                "mean": [tensor.numpy() for tensor in mean],
-                "forward": forward.count,
-                "backward": backward.count,
-            }
-        )
-    return results
-
-
-class CountCollectives(TorchDispatchMode):
-    """Counts the collectives started inside it."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += function.namespace == "c10d"
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.fixture(scope="module", params=[1, 2, 3])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    """rank_losses() of each rank."""
-    if request.param == 1:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            return [rank_losses(1)]
-        finally:
-            dist.destroy_process_group()
-    return run_ranks(request.param, rank_losses, tmp_path_factory.mktemp("icl") / "ranks", request.param, limit=120)
-
-
-def test_ranks_differ_before_their_gradients_are_averaged(ranks: list[list[dict[str, Any]]]) -> None:
-    for one, other in pairwise(ranks):
-        for case, a, b in zip(CASES, one, other, strict=True):
-            if case["pool"] not in ("one row", "no row"):
-                assert min(np.abs(x - y).max() for x, y in zip(a["raw"], b["raw"], strict=True)) > 1e-6, case
-
-
-def test_the_mean_over_ranks_is_one_process_with_the_whole_batch(ranks: list[list[dict[str, Any]]]) -> None:
-    for number, case in enumerate(CASES):
-        inputs, labels, valid = (torch.cat(parts) for parts in zip(*rows_of(case, len(ranks)), strict=True))
-        model = encoder()
-        tau = torch.tensor([case["tau"]], dtype=torch.float64, requires_grad=True)
-        loss = reference(model(inputs[valid]), labels[valid], tau, case["normalize"])
-        (2 * loss).backward()
-        leaves = [*model.parameters(), tau]
-        expected = [loss.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad for p in leaves)]
-        for rank in ranks:
-            for found, tensor in zip(rank[number]["mean"], expected, strict=True):
-                np.testing.assert_allclose(found, tensor.numpy(), rtol=1e-6, atol=1e-12, err_msg=str(case))
-
-
-def test_features_travel_forward_and_nothing_travels_backward(ranks: list[list[dict[str, Any]]]) -> None:
-    for rank in ranks:
-        for result in rank:
-            assert result["forward"] >= (3 if len(ranks) > 1 else 0)  # features, labels, log-sum-exps
-            assert result["backward"] == 0
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"temperature": 0.0}, "temperature must be positive"), ({"queue": 5}, "a queue of 5 features needs their width")],
+)
+def test_a_module_that_cannot_work_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        InterClassContrastiveLoss(**arguments)

@@ -9,18 +9,39 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
-def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> list[torch.Tensor]:
-    """(n_r, ...) of every rank r, in rank order. No gradient passes through."""
-    rows = rows.detach().contiguous()
+def group_rank(group: dist.ProcessGroup | None = None) -> int:
+    """This process's rank in the group. Raises ValueError where the process is not part of it."""
+    if not dist.is_initialized():
+        return 0
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(f"rank {dist.get_rank()} is not part of the group whose pool it was asked to join")
+    return rank
+
+
+def gather_numbers(numbers: torch.Tensor, group: dist.ProcessGroup | None = None) -> list[list[float]]:
+    """(M,) float64 of every rank, on the host: one collective, one synchronisation."""
     ranks = world_size(group)
     if ranks == 1:
-        return [rows]
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.empty_like(count) for _ in range(ranks)]
-    dist.all_gather(counts, count, group=group)
-    sizes = torch.cat(counts).tolist()
-    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(ranks)]
-    dist.all_gather(parts, padded, group=group)
-    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+        return [numbers.tolist()]
+    every = numbers.new_empty(ranks * len(numbers))
+    dist.all_gather_into_tensor(every, numbers, group=group)
+    return every.view(ranks, -1).tolist()
+
+
+def gather_rows(rows: torch.Tensor, sizes: list[int], group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """(sizes[r], ...) of every rank r -> (sum of sizes, ...) in rank order. No gradient passes through.
+
+    Ranks with fewer rows than the largest send padding: one collective whatever the sizes.
+    """
+    rows = rows.detach().contiguous()
+    if world_size(group) == 1:
+        return rows
+    largest = max(sizes)
+    if len(rows) < largest:
+        rows = torch.cat([rows, rows.new_zeros(largest - len(rows), *rows.shape[1:])])
+    every = rows.new_empty(len(sizes) * largest, *rows.shape[1:])
+    dist.all_gather_into_tensor(every, rows, group=group)
+    if min(sizes) == largest:
+        return every
+    return torch.cat([part[:size] for part, size in zip(every.split(largest), sizes, strict=True)])

@@ -1,96 +1,225 @@
 """The inter-class contrastive loss, equation (7) of arXiv 2405.17900, over the utterances of all ranks.
 
-Shapes: n own rows, K rows of all ranks, D width, C classes. s_ij = z_i.z_j / tau, P(i) the other rows of i's class.
+Shapes: n own rows, M rows of all ranks, K keys (the M rows, and those of a queue), D width, C classes.
+s_ij = z_i.z_j / tau, P(i) the other keys of i's class.
 
     l_i = logsumexp_{j != i} s_ij - mean_{p in P(i)} s_ip          rows with an empty P(i) are not counted
     L   = mean of l_i over the counted rows of all ranks
 
 s is symmetric, so a rank's own gradient needs only what the forward pass gathered: every z_j and every log-sum-exp.
-Similarities are computed in tiles and recomputed backward; memory stays O(K D).
+The backward pass has no collective. Positives are sums over classes: sum_{p in P(i)} s_ip = z_i.(C_{y_i} - z_i) / tau.
 """
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import normalize as l2_normalize
 
-from jointfuse.losses.gather import gather_rows, world_size
+from jointfuse.losses.backends import backend as choose_backend
+from jointfuse.losses.gather import gather_numbers, gather_rows, group_rank
 
-TILE = 1024  # columns of similarities held at once
+NORM_FLOOR = 1e-12  # a row of zeros stays one, and gets no gradient
+PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Statistics(NamedTuple):
+    """What a pool was like; the same on every rank. Similarities are those of features, before the temperature."""
+
+    pool: torch.Tensor  # keys
+    anchors: torch.Tensor  # rows of all ranks
+    counted: torch.Tensor  # those that have a partner
+    positive: torch.Tensor  # mean similarity of an anchor and a key of its class
+    negative: torch.Tensor  # ... and of another class
+
+
+class Queue(NamedTuple):
+    """Past features as further keys: features (Q, D), normalised as the loss's are, and their labels (Q,)."""
+
+    features: torch.Tensor
+    labels: torch.Tensor
 
 
 class _InterClassContrast(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        z: torch.Tensor,
-        temperature: torch.Tensor,
+        features: torch.Tensor,
+        tau: torch.Tensor,
         labels: torch.Tensor,
+        sizes: list[int],
+        normalize: bool,
         group: dist.ProcessGroup | None,
-        tile: int,
-    ) -> torch.Tensor:
-        """z (n, D) valid rows only, temperature (1,), labels (n,) -> a scalar, this rank's share of L."""
-        ranks = world_size(group)
-        rank = dist.get_rank(group) if ranks > 1 else 0
-        gathered = gather_rows(z, group)
-        pool = torch.cat(gathered)  # (K, D)
-        pool_labels = torch.cat(gather_rows(labels, group))  # (K,)
-        start = sum(len(part) for part in gathered[:rank])
-        own = slice(start, start + len(z))
+        backend: str,
+        queue: Queue | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """features (n, D), tau (1,), labels (n,) -> this rank's share of L, statistics (5,), z (M, D), labels (M,)."""
+        rank, ranks = group_rank(group), len(sizes)
+        start, n, rows = sum(sizes[:rank]), sizes[rank], sum(sizes)
+        norms = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=tau.dtype) if normalize else None
+        z = features if norms is None else (features / norms.clamp_min(NORM_FLOOR)).to(features.dtype)
+        current, current_labels = gather_rows(z, sizes, group), gather_rows(labels, sizes, group)
+        pool, pool_labels = current, current_labels
+        if queue is not None:
+            pool = torch.cat([current, queue.features.to(current.dtype)])
+            pool_labels = torch.cat([current_labels, queue.labels])
+        kernels = choose_backend(backend, pool.device, pool.dtype, len(pool))
 
-        counts = torch.bincount(pool_labels, minlength=1)  # (C,)
-        sums = pool.new_zeros(len(counts), pool.shape[1]).index_add_(0, pool_labels, pool)  # (C, D)
-        partners = counts[pool_labels] - 1  # (K,)
+        _, classes = torch.unique(pool_labels, return_inverse=True)  # (K,) 0 to C-1, whatever the labels are
+        counts = torch.bincount(classes)  # (C,)
+        sums = _class_sums(pool, classes, len(counts), tau.dtype)  # (C, D)
+        partners = counts[classes] - 1  # (K,)
         counted = partners > 0
-        g = counted.to(pool.dtype) / counted.sum().clamp_min(1)  # (K,)
+        counted[rows:] = False  # keys of the queue are no anchors
+        number = counted.sum()
+        g = counted.to(tau.dtype) / number.clamp_min(1)  # (K,)
         w = g / partners.clamp_min(1)  # (K,)
-        weighted_sums = torch.zeros_like(sums).index_add_(0, pool_labels, w[:, None] * pool)  # (C, D)
 
-        lse = pool.new_full((len(z),), -torch.inf)
-        for columns, similarity in _tiles(z, pool, temperature, start, tile):
-            lse = torch.logaddexp(lse, similarity.logsumexp(dim=1))
-            del columns
-        # A pool of one row has no log-sum-exp. Rows that are not counted keep theirs: backward, exp(s - lse) must be
-        # finite before it is multiplied by their weight of 0.
+        lse = kernels.log_sum_exp(pool, start, n, tau)
+        # A pool of one row has no log-sum-exp; that of a queue's key is never used: exp(s - lse) must not overflow
+        # before it is multiplied by a weight of 0.
         lse = lse.masked_fill(lse.isneginf(), 0)
-        pool_lse = torch.cat(gather_rows(lse, group))  # (K,)
+        every_lse = tau.new_full((len(pool),), torch.inf)  # (K,)
+        every_lse[:rows] = gather_rows(lse, sizes, group)
 
-        positive = ((sums[labels] - z) * z).sum(dim=1) / temperature / partners[own].clamp_min(1)  # (n,)
-        ctx.save_for_backward(z, temperature, pool, pool_labels, sums, weighted_sums, g, w, pool_lse, positive)
-        ctx.own, ctx.ranks, ctx.tile = own, ranks, tile
-        return ranks * (g[own] * (lse - positive)).sum()
+        own = slice(start, start + n)
+        mine = pool[own].to(tau.dtype)
+        positive = torch.linalg.vecdot(sums[classes[own]] - mine, mine) / tau / partners[own].clamp_min(1)  # (n,)
+        ctx.save_for_backward(pool, classes, sums, tau, norms, g, w, every_lse, positive)
+        ctx.own, ctx.rows, ctx.ranks, ctx.kernels = own, rows, ranks, kernels
+        statistics = torch.stack([tau.new_tensor(len(pool)), tau.new_tensor(rows), number.to(tau.dtype)])
+        similarities = _mean_similarities(pool, classes, counts, sums, rows)
+        outputs = torch.cat([statistics, similarities]), current, current_labels
+        ctx.mark_non_differentiable(*outputs)
+        return ranks * torch.dot(g[own], lse - positive), *outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
-        z, temperature, pool, pool_labels, sums, weighted_sums, g, w, lse, positive = ctx.saved_tensors
-        own = ctx.own
-        labels = pool_labels[own]
-        pull = torch.zeros_like(z)  # sum_j g_i p_ij z_j
-        push = torch.zeros_like(z)  # sum_j g_j p_ji z_j
-        for columns, similarity in _tiles(z, pool, temperature, own.start, ctx.tile):
-            pull += (similarity - lse[own, None]).exp().mul_(g[own, None]) @ pool[columns]
-            push += (similarity - lse[columns]).exp().mul_(g[columns]) @ pool[columns]
-        attract = w[own, None] * (sums[labels] - 2 * z) + weighted_sums[labels]
-        scale = ctx.ranks * upstream
-        z_gradient = (pull + push - attract) * (scale / temperature)
-        expected = (pull * z).sum(dim=1) / temperature  # sum_j g_i p_ij s_ij
-        temperature_gradient = ((g[own] * positive - expected).sum() * scale / temperature).reshape(temperature.shape)
-        return z_gradient, temperature_gradient, None, None, None
+    def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+        pool, classes, sums, tau, norms, g, w, lse, positive = ctx.saved_tensors
+        own, n = ctx.own, ctx.own.stop - ctx.own.start
+        scale = ctx.ranks * upstream / tau
+        learnt = ctx.needs_input_grad[1]
+        gradient, expected = ctx.kernels.pull(pool, own.start, n, tau, lse, g, learnt)
+        z = pool[own].to(tau.dtype)
+        # The second sum of the gradient, -sum_{j in P(i)} (w_i + w_j) z_j, the rows of a queue having w_j = 0.
+        weighted = _class_sums(pool[: ctx.rows], classes[: ctx.rows], len(sums), tau.dtype, w[: ctx.rows])
+        mine, w_own = classes[own], w[own, None]
+        gradient.sub_(weighted[mine]).addcmul_(w_own, sums[mine], value=-1).addcmul_(w_own, z, value=2).mul_(scale)
+        if norms is not None:
+            radial = torch.linalg.vecdot(gradient, z)[:, None]
+            gradient.addcmul_(radial, z, value=-1).div_(norms.clamp_min(NORM_FLOOR)).mul_(norms > NORM_FLOOR)
+        tau_gradient = None
+        if learnt:
+            tau_gradient = (torch.dot(g[own], positive - expected) * scale).reshape(tau.shape)
+        return gradient.to(pool.dtype), tau_gradient, None, None, None, None, None, None
 
 
-def _tiles(z: torch.Tensor, pool: torch.Tensor, temperature: torch.Tensor, start: int, tile: int) -> Any:
-    """(columns, similarities (n, tile)) over the pool, each own row's similarity to itself at -inf."""
-    rows = torch.arange(len(z), device=z.device)
-    for first in range(0, len(pool), tile):
-        columns = slice(first, min(first + tile, len(pool)))
-        similarity = z @ pool[columns].T / temperature
-        itself = rows + start - first
-        inside = (itself >= 0) & (itself < columns.stop - first)
-        similarity[rows[inside], itself[inside]] = -torch.inf
-        yield columns, similarity
+def _class_sums(
+    rows: torch.Tensor, classes: torch.Tensor, number: int, dtype: torch.dtype, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(number, D): the sum of each class's rows (M, D), weighted by (M,)."""
+    precise = rows.to(dtype)
+    if weights is not None:
+        precise = precise * weights[:, None]
+    return precise.new_zeros(number, rows.shape[1]).index_add_(0, classes, precise)
+
+
+def _mean_similarities(
+    pool: torch.Tensor, classes: torch.Tensor, counts: torch.Tensor, sums: torch.Tensor, rows: int
+) -> torch.Tensor:
+    """(2,): the mean of z_i.z_j over anchors i and their positives j, and over anchors and their negatives."""
+    current, dtype = classes[:rows], sums.dtype
+    anchors = torch.bincount(current, minlength=len(counts))  # (C,)
+    by_class = _class_sums(pool[:rows], current, len(counts), dtype) if rows < len(pool) else sums
+    itself = torch.linalg.vector_norm(pool[:rows], dtype=dtype) ** 2
+    same = torch.linalg.vecdot(by_class, sums).sum() - itself
+    other = torch.dot(by_class.sum(0), sums.sum(0)) - same - itself
+    positives = (anchors * (counts - 1)).sum()
+    negatives = rows * (len(pool) - 1) - positives
+    return torch.stack([same / positives.clamp_min(1), other / negatives.clamp_min(1)])
+
+
+def contrast(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: torch.Tensor | float,
+    *,
+    valid: torch.Tensor | None = None,
+    normalize: bool = True,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+    queue: Queue | None = None,
+) -> tuple[torch.Tensor, Statistics, Queue]:
+    """`inter_class_contrastive_loss`, what its pool was like, and the pool's rows, which a queue may take."""
+    rank = group_rank(group)
+    fault = _fault(features, labels, temperature, valid)
+    if fault is None and valid is not None:
+        features, labels = features[valid], labels[valid]
+    sizes = _agree(features, temperature, fault, rank, group)
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    if isinstance(temperature, torch.Tensor):
+        tau = temperature.reshape(1).to(dtype)
+    else:
+        tau = torch.tensor([temperature], dtype=dtype, device=features.device)
+    loss, statistics, z, z_labels = _InterClassContrast.apply(
+        features, tau, labels.long(), sizes, normalize, group, backend, queue
+    )
+    return loss, Statistics(*statistics.unbind()), Queue(z, z_labels)
+
+
+def _fault(
+    features: torch.Tensor, labels: torch.Tensor, temperature: torch.Tensor | float, valid: torch.Tensor | None
+) -> str | None:
+    """What is wrong with this rank's arguments, as far as it shows without reading the device."""
+    if features.ndim != 2 or features.dtype not in PRECISIONS:
+        return f"features must be (n, D) in 16, 32 or 64 bit floating point, got {tuple(features.shape)} {features.dtype}"
+    if labels.shape != features.shape[:1]:
+        return f"labels {tuple(labels.shape)} must be (n,) for features {tuple(features.shape)}"
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        return f"labels must be integers, got {labels.dtype}"
+    if valid is not None and (valid.shape != labels.shape or valid.dtype != torch.bool):
+        return f"valid must be (n,) bool for labels {tuple(labels.shape)}, got {tuple(valid.shape)} {valid.dtype}"
+    if isinstance(temperature, torch.Tensor) and temperature.numel() != 1:
+        return f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}"
+    return None
+
+
+def _agree(
+    features: torch.Tensor,
+    temperature: torch.Tensor | float,
+    fault: str | None,
+    rank: int,
+    group: dist.ProcessGroup | None,
+) -> list[int]:
+    """Rows of each rank. Every rank raises ValueError where one cannot go on, so that none is left waiting."""
+    told = torch.full((5,), math.nan, dtype=torch.float64, device=features.device)
+    told[0] = -1
+    if fault is None:
+        bad = ~features.detach().isfinite().all(dim=1)
+        first_bad = torch.cat([bad, bad.new_ones(1)]).to(torch.uint8).argmax()  # n where none is
+        told[0], told[1], told[2] = len(features), features.shape[1], first_bad
+        told[3] = temperature.detach().reshape(()) if isinstance(temperature, torch.Tensor) else temperature
+        told[4] = PRECISIONS.index(features.dtype)
+    every = gather_numbers(told, group)
+    if fault is not None:
+        raise ValueError(fault)
+    for other, (n, _, first, tau, _) in enumerate(every):
+        whose = "" if len(every) == 1 else f" of rank {other}"
+        if n < 0:
+            raise ValueError(f"rank {other} cannot take part in the contrastive loss: its own message says why")
+        if not tau > 0 or math.isinf(tau):
+            raise ValueError(f"temperature must be positive and finite, got {tau}{whose}")
+        if first < n:
+            raise ValueError(f"features{whose}: row {int(first)} is not finite (rows that are not valid left out)")
+    for what, column in (("widths", 1), ("precisions", 4), ("temperatures", 3)):
+        found = [numbers[column] for numbers in every]
+        if len(set(found)) > 1:
+            shown = [PRECISIONS[int(number)] if column == 4 else f"{number:g}" for number in found]
+            raise ValueError(f"the ranks disagree: their {what} are {', '.join(map(str, shown))}")
+    return [int(numbers[0]) for numbers in every]
 
 
 def inter_class_contrastive_loss(
@@ -101,35 +230,110 @@ def inter_class_contrastive_loss(
     valid: torch.Tensor | None = None,
     normalize: bool = True,
     group: dist.ProcessGroup | None = None,
-    tile: int = TILE,
+    backend: str = "auto",
 ) -> torch.Tensor:
-    """This rank's share of the supervised contrastive loss whose pool is every rank's batch.
+    """This rank's share of the supervised contrastive loss whose pool is every rank's batch: equation (7) of
+    arXiv 2405.17900, which is L_out of Khosla et al. 2020 (equation 2).
 
     The mean over ranks of what is returned is L, and after the gradient averaging of data-parallel training every
     parameter's gradient is that of one process holding the whole batch. Every rank of the group must call it, with
     the same upstream gradient; a rank may hold no row at all. L is 0 where no row has a partner.
 
     Args:
-        features: (n, D) floating point; accumulated in float32, or in float64 where given.
-        labels: (n,) int64, each at least 0.
-        temperature: tau > 0, a number or a trainable tensor of shape (1,).
-        valid: (n,) bool; false rows are neither anchors nor keys.
+        features: (n, D) float16, bfloat16, float32 or float64; similarities are accumulated in float32, or in
+            float64 where given. Half-precision features are normalised, sent and multiplied in their own precision.
+        labels: (n,) integers.
+        temperature: tau > 0, a number or a trainable tensor of one element; the same on every rank.
+        valid: (n,) bool; false rows are neither anchors nor keys, and may hold anything.
         normalize: L2-normalise the features (Khosla et al. 2020); false: the paper's raw dot products.
         group: the ranks of the pool; all of them unless set.
+        backend: `reference`, `tiled`, `triton`, or `auto`, which chooses by device and size.
+
+    Returns:
+        A scalar, float32 (float64 for float64 features).
 
     Raises:
-        ValueError: shapes that do not fit, or a temperature that is not positive.
+        ValueError: shapes or dtypes that do not fit, features that are not finite, a temperature that is not
+            positive, ranks that disagree, a group the process is not part of, a backend that cannot work here. What
+            is wrong on one rank raises on all of them.
     """
-    if features.ndim != 2 or labels.shape != features.shape[:1]:
-        raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)} must be (n, D) and (n,)")
-    precise = features if features.dtype == torch.float64 else features.float()
-    if isinstance(temperature, torch.Tensor):
-        tau = temperature.reshape(1).to(precise.dtype)
-    else:
+    return contrast(
+        features, labels, temperature, valid=valid, normalize=normalize, group=group, backend=backend
+    )[0]
+
+
+class InterClassContrastiveLoss(nn.Module):
+    """`inter_class_contrastive_loss` with a temperature that may be trained, and an optional queue of past features.
+
+    Args:
+        temperature: tau > 0; what training starts from where it is trained.
+        train_temperature: its logarithm becomes the parameter `log_temperature`, (1,).
+        normalize, group, backend: as of the function.
+        queue: Q, how many past features stay keys (0: none). An approximation: they were made by older weights, and
+            nothing flows back to them. They are kept in buffers, so a checkpoint has them.
+        width: D; needed with a queue.
+
+    Attributes:
+        statistics: of the last call; None before the first.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        train_temperature: bool = False,
+        normalize: bool = True,
+        group: dist.ProcessGroup | None = None,
+        backend: str = "auto",
+        queue: int = 0,
+        width: int = 0,
+    ) -> None:
+        super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        tau = precise.new_tensor([temperature])
-    z = l2_normalize(precise, dim=1) if normalize else precise
-    if valid is not None:
-        z, labels = z[valid], labels[valid]
-    return _InterClassContrast.apply(z, tau, labels, group, tile)
+        if queue and not width:
+            raise ValueError(f"a queue of {queue} features needs their width")
+        self.fixed_temperature = temperature
+        if train_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))
+        self.normalize, self.group, self.backend = normalize, group, backend
+        self.queue = queue
+        if queue:
+            self.register_buffer("past_features", torch.zeros(queue, width))
+            self.register_buffer("past_labels", torch.zeros(queue, dtype=torch.long))
+            self.register_buffer("past_rows", torch.zeros(1, dtype=torch.long))  # how many of them are filled
+        self.statistics: Statistics | None = None
+
+    def temperature(self) -> torch.Tensor | float:
+        """tau: a tensor (1,) with a gradient where it is trained."""
+        return self.log_temperature.float().exp() if hasattr(self, "log_temperature") else self.fixed_temperature
+
+    def forward(
+        self, features: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """features (n, D), labels (n,), valid (n,) -> this rank's share of L. In training, the queue moves on."""
+        queue = None
+        if self.queue:
+            filled = int(self.past_rows)
+            queue = Queue(self.past_features[:filled].clone(), self.past_labels[:filled].clone())
+        loss, self.statistics, rows = contrast(
+            features,
+            labels,
+            self.temperature(),
+            valid=valid,
+            normalize=self.normalize,
+            group=self.group,
+            backend=self.backend,
+            queue=queue,
+        )
+        if queue is not None and self.training:
+            self._enqueue(rows, queue)
+        return loss
+
+    @torch.no_grad()
+    def _enqueue(self, rows: Queue, past: Queue) -> None:
+        """The newest Q rows stay, newest first."""
+        features = torch.cat([rows.features.to(past.features.dtype), past.features])[: self.queue]
+        self.past_features[: len(features)] = features
+        self.past_labels[: len(features)] = torch.cat([rows.labels, past.labels])[: self.queue]
+        self.past_rows.fill_(len(features))
