@@ -136,6 +136,19 @@ class LossSettings(Settings):
     temperature: Rate = 0.1
     train_temperature: bool = False
     normalize: bool = Field(True, description="false: the paper's raw dot products")
+    pool: Literal["step", "micro", "queue"] = Field(
+        "step",
+        description="who meets whom: all utterances of a step, those of a micro-batch over all ranks, or the latter "
+        "and past ones",
+    )
+    queue: Count = Field(0, description="past features that stay keys, with pool: queue")
+    backend: Literal["auto", "reference", "tiled", "triton"] = "auto"
+
+    @model_validator(mode="after")
+    def _queue_has_a_length(self) -> Self:
+        if (self.pool == "queue") != (self.queue > 0):
+            raise ValueError("pool: queue and a queue longer than 0 go together; set both or neither")
+        return self
 
 
 class TrainSettings(Settings):

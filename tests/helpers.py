@@ -124,8 +124,14 @@ def stir(module: torch.nn.Module, scale: float = 0.1) -> None:
             parameter.add_(torch.randn_like(parameter) * scale)
 
 
-def make_batch(tokens: Sequence[int], frames: Sequence[int], seed: int = 0, labels: Sequence[int] = ()) -> Batch:
-    """Random utterances of so many tokens and mel frames (0: without that modality)."""
+def make_batch(
+    tokens: Sequence[int],
+    frames: Sequence[int],
+    seed: int = 0,
+    labels: Sequence[int] = (),
+    valid: Sequence[bool] = (),
+) -> Batch:
+    """Random utterances of so many tokens and mel frames (0: without that modality), all valid unless said."""
     rng = np.random.default_rng(seed)
     examples = [
         Example(
@@ -139,7 +145,7 @@ def make_batch(tokens: Sequence[int], frames: Sequence[int], seed: int = 0, labe
         )
         for number, (count, length) in enumerate(zip(tokens, frames, strict=True))
     ]
-    return collate(examples, np.ones(len(examples), dtype=bool), pad_token=1)
+    return collate(examples, np.array(valid or [True] * len(examples)), pad_token=1)
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:

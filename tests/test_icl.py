@@ -231,6 +231,8 @@ def test_statistics_are_those_of_all_pairs() -> None:
     found = loss.statistics
     assert found is not None
     assert found.pool == found.anchors == len(z)
+    assert found.positives == int((same & apart).sum())
+    assert found.negatives == int((~same).sum())
     assert found.counted == int(((same & apart).sum(1) > 0).sum()) < len(z)
     torch.testing.assert_close(found.positive, s[same & apart].mean())
     torch.testing.assert_close(found.negative, s[~same].mean())
@@ -238,7 +240,7 @@ def test_statistics_are_those_of_all_pairs() -> None:
 
 def test_a_temperature_that_is_trained_starts_where_it_is_set() -> None:
     loss = InterClassContrastiveLoss(0.07, train_temperature=True)
-    assert [name for name, _ in loss.named_parameters()] == ["log_temperature"]
+    assert [name for name, _ in loss.named_parameters()] == ["temperature.logarithm"]
     features, labels = torch.randn(12, 5), torch.arange(12) % 3
     value = loss(features, labels)
     value.backward()
@@ -246,8 +248,9 @@ def test_a_temperature_that_is_trained_starts_where_it_is_set() -> None:
     tau = torch.tensor([0.07], dtype=torch.float64, requires_grad=True)
     contrast_by_hand(features.double(), labels, tau, True).backward()
     assert tau.grad is not None
-    assert loss.log_temperature.grad is not None
-    assert loss.log_temperature.grad.item() == pytest.approx(tau.grad.item() * 0.07, rel=1e-4)
+    assert loss.temperature.logarithm is not None
+    assert loss.temperature.logarithm.grad is not None
+    assert loss.temperature.logarithm.grad.item() == pytest.approx(tau.grad.item() * 0.07, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

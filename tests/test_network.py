@@ -348,7 +348,7 @@ def test_every_trained_parameter_has_a_gradient_and_no_frozen_one(
     if freeze == "prompts":
         assert trained == {"heads"} | ({"joint"} if modality == "both" and joint_vectors else set())
     if train_temperature:
-        gradient = objective.log_temperature.grad
+        gradient = objective.trained_temperature.grad
         assert gradient is not None
         assert gradient.shape == (1,), "a 0-dim parameter crashes DeepSpeed"
         assert gradient.abs().max() > 0

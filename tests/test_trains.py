@@ -103,7 +103,7 @@ def every_case(recipe: Path, stage3: Path, folder: Path) -> dict[str, Any]:
     with trainer(recipe, folder / "frozen", *settings) as made:
         before = outcome_weights(made)
         rates = {(group["part"], group["lr"]) for group in made.engine.optimizer.param_groups}
-        temperature = made.engine.module.log_temperature
+        temperature = made.engine.module.trained_temperature
         assert not temperature.requires_grad
         made.train()
         trained = outcome(made)
@@ -150,7 +150,7 @@ def checkpoints(run: Path) -> list[str]:
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_every_trainable_parameter_receives_a_gradient(cases: dict[str, Any], name: str) -> None:
     weights, found = cases[f"gradients {name}"]
-    assert found.keys() == weights.keys() | {"log_temperature"}
+    assert found.keys() == weights.keys() | {"contrast.temperature.logarithm"}
     parts = {part_of(parameter, GRADIENTS[name]) for parameter in weights}
     wanted = {
         "both": {"text_encoder", "extractor", "language", "vision_embed", "vision_stem", "vision", "joint", "heads"},
@@ -234,7 +234,7 @@ def test_norms_biases_and_temperature_are_never_decayed(recipe: Path) -> None:
     decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
     assert decay.keys() == {id(parameter) for parameter in objective.parameters()}
     for name, parameter in objective.named_parameters():
-        spared = "norm" in name.lower() or name.endswith(".bias") or name == "log_temperature"
+        spared = "norm" in name.lower() or name.endswith(".bias") or name == "contrast.temperature.logarithm"
         assert decay[id(parameter)] == (0.0 if spared else 0.1), name
     assert [group["lr"] for group in groups if group["part"] == "temperature"] == [1e-2]
 

@@ -25,14 +25,20 @@ NORM_FLOOR = 1e-12  # a row of zeros stays one, and gets no gradient
 PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+class NotFiniteError(ValueError):
+    """Features that hold NaN or infinity: mostly a model that has diverged."""
+
+
 class Statistics(NamedTuple):
     """What a pool was like; the same on every rank. Similarities are those of features, before the temperature."""
 
     pool: torch.Tensor  # keys
     anchors: torch.Tensor  # rows of all ranks
     counted: torch.Tensor  # those that have a partner
-    positive: torch.Tensor  # mean similarity of an anchor and a key of its class
-    negative: torch.Tensor  # ... and of another class
+    positives: torch.Tensor  # pairs of an anchor and another key of its class
+    negatives: torch.Tensor  # ... and of another class
+    positive: torch.Tensor  # mean similarity of the positives, 0 where there are none
+    negative: torch.Tensor  # ... of the negatives
 
 
 class Queue(NamedTuple):
@@ -55,7 +61,7 @@ class _InterClassContrast(torch.autograd.Function):
         backend: str,
         queue: Queue | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """features (n, D), tau (1,), labels (n,) -> this rank's share of L, statistics (5,), z (M, D), labels (M,)."""
+        """features (n, D), tau (1,), labels (n,) -> this rank's share of L, statistics (7,), z (M, D), labels (M,)."""
         rank, ranks = group_rank(group), len(sizes)
         start, n, rows = sum(sizes[:rank]), sizes[rank], sum(sizes)
         norms = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=tau.dtype) if normalize else None
@@ -89,9 +95,8 @@ class _InterClassContrast(torch.autograd.Function):
         positive = torch.linalg.vecdot(sums[classes[own]] - mine, mine) / tau / partners[own].clamp_min(1)  # (n,)
         ctx.save_for_backward(pool, classes, sums, tau, norms, g, w, every_lse, positive)
         ctx.own, ctx.rows, ctx.ranks, ctx.kernels = own, rows, ranks, kernels
-        statistics = torch.stack([tau.new_tensor(len(pool)), tau.new_tensor(rows), number.to(tau.dtype)])
-        similarities = _mean_similarities(pool, classes, counts, sums, rows)
-        outputs = torch.cat([statistics, similarities]), current, current_labels
+        sizes_of_pool = torch.stack([tau.new_tensor(len(pool)), tau.new_tensor(rows), number.to(tau.dtype)])
+        outputs = torch.cat([sizes_of_pool, _pairs(pool, classes, counts, sums, rows)]), current, current_labels
         ctx.mark_non_differentiable(*outputs)
         return ranks * torch.dot(g[own], lse - positive), *outputs
 
@@ -127,10 +132,10 @@ def _class_sums(
     return precise.new_zeros(number, rows.shape[1]).index_add_(0, classes, precise)
 
 
-def _mean_similarities(
+def _pairs(
     pool: torch.Tensor, classes: torch.Tensor, counts: torch.Tensor, sums: torch.Tensor, rows: int
 ) -> torch.Tensor:
-    """(2,): the mean of z_i.z_j over anchors i and their positives j, and over anchors and their negatives."""
+    """(4,): positives, negatives, and the mean z_i.z_j of either, over anchors i and other keys j."""
     current, dtype = classes[:rows], sums.dtype
     anchors = torch.bincount(current, minlength=len(counts))  # (C,)
     by_class = _class_sums(pool[:rows], current, len(counts), dtype) if rows < len(pool) else sums
@@ -139,7 +144,8 @@ def _mean_similarities(
     other = torch.dot(by_class.sum(0), sums.sum(0)) - same - itself
     positives = (anchors * (counts - 1)).sum()
     negatives = rows * (len(pool) - 1) - positives
-    return torch.stack([same / positives.clamp_min(1), other / negatives.clamp_min(1)])
+    numbers = torch.stack([positives, negatives]).to(dtype)
+    return torch.cat([numbers, torch.stack([same, other]) / numbers.clamp_min(1)])
 
 
 def contrast(
@@ -213,7 +219,7 @@ def _agree(
         if not tau > 0 or math.isinf(tau):
             raise ValueError(f"temperature must be positive and finite, got {tau}{whose}")
         if first < n:
-            raise ValueError(f"features{whose}: row {int(first)} is not finite (rows that are not valid left out)")
+            raise NotFiniteError(f"features{whose}: row {int(first)} is not finite (rows that are not valid left out)")
     for what, column in (("widths", 1), ("precisions", 4), ("temperatures", 3)):
         found = [numbers[column] for numbers in every]
         if len(set(found)) > 1:
@@ -262,12 +268,29 @@ def inter_class_contrastive_loss(
     )[0]
 
 
+class Temperature(nn.Module):
+    """tau: a number, or exp of a parameter `logarithm` (1,) where it is trained.
+
+    A module of its own, so that whoever calls it finds the parameter whole under ZeRO-3.
+    """
+
+    def __init__(self, start: float, trained: bool) -> None:
+        super().__init__()
+        if not 0 < start < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {start}")
+        self.start = start
+        self.logarithm = nn.Parameter(torch.tensor([math.log(start)])) if trained else None
+
+    def forward(self) -> torch.Tensor | float:
+        return self.start if self.logarithm is None else self.logarithm.float().exp()
+
+
 class InterClassContrastiveLoss(nn.Module):
     """`inter_class_contrastive_loss` with a temperature that may be trained, and an optional queue of past features.
 
     Args:
         temperature: tau > 0; what training starts from where it is trained.
-        train_temperature: its logarithm becomes the parameter `log_temperature`, (1,).
+        train_temperature: its logarithm becomes the parameter `temperature.logarithm`, (1,).
         normalize, group, backend: as of the function.
         queue: Q, how many past features stay keys (0: none). An approximation: they were made by older weights, and
             nothing flows back to them. They are kept in buffers, so a checkpoint has them.
@@ -289,13 +312,9 @@ class InterClassContrastiveLoss(nn.Module):
         width: int = 0,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
         if queue and not width:
             raise ValueError(f"a queue of {queue} features needs their width")
-        self.fixed_temperature = temperature
-        if train_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))
+        self.temperature = Temperature(temperature, train_temperature)
         self.normalize, self.group, self.backend = normalize, group, backend
         self.queue = queue
         if queue:
@@ -303,10 +322,6 @@ class InterClassContrastiveLoss(nn.Module):
             self.register_buffer("past_labels", torch.zeros(queue, dtype=torch.long))
             self.register_buffer("past_rows", torch.zeros(1, dtype=torch.long))  # how many of them are filled
         self.statistics: Statistics | None = None
-
-    def temperature(self) -> torch.Tensor | float:
-        """tau: a tensor (1,) with a gradient where it is trained."""
-        return self.log_temperature.float().exp() if hasattr(self, "log_temperature") else self.fixed_temperature
 
     def forward(
         self, features: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor | None = None

@@ -115,8 +115,8 @@ def parameter_groups(objective: Objective, settings: TrainSettings) -> list[dict
     """Trainable parameters by part, each part's norms, biases and temperature apart, without weight decay."""
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = defaultdict(list)
     named = [(part, parameter) for part, _, parameter in objective.network.parts()]
-    if hasattr(objective, "log_temperature"):
-        named.append(("temperature", objective.log_temperature))
+    if objective.trained_temperature is not None:
+        named.append(("temperature", objective.trained_temperature))
     for part, parameter in named:
         if parameter.requires_grad:
             # Under ZeRO-3 the shape is kept in ds_shape; here nothing is partitioned yet.

@@ -23,6 +23,7 @@ from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
 from jointfuse.evaluate.metrics import score
 from jointfuse.evaluate.predict import predict
+from jointfuse.losses import NotFiniteError
 from jointfuse.model.backbones import pretrained_tokenizer
 from jointfuse.model.export import initialise, save_model
 from jointfuse.model.network import Network
@@ -37,6 +38,7 @@ from jointfuse.train.checkpoint import (
 )
 from jointfuse.train.engine import divide, full_state, read_ds_config, start_engine
 from jointfuse.train.objective import Objective
+from jointfuse.train.pool import pool_step
 from jointfuse.train.progress import Display, peak_memory
 from jointfuse.train.run_folder import MetricsLog, check_run_folder, create_run_folder
 from jointfuse.train.schedule import lr_factor
@@ -87,8 +89,8 @@ class Trainer:
         self.plan = Plan(np.asarray(lengths), settings.batch, settings.seed)
         self.steps = settings.steps or self.plan.steps_per_epoch * (settings.epochs or 0)
         objective = Objective(network, config.loss, self.division.accumulation)
-        if "temperature" in settings.freeze and hasattr(objective, "log_temperature"):
-            objective.log_temperature.requires_grad_(False)
+        if "temperature" in settings.freeze and objective.trained_temperature is not None:
+            objective.trained_temperature.requires_grad_(False)
         self.engine = start_engine(objective, config, self.division)
         dist.barrier()  # every rank has looked at the folder before rank 0 writes to it
         if self.rank == 0:
@@ -190,17 +192,39 @@ class Trainer:
 
     def _step(self, total: int, micro: list[Batch], window: "_Window") -> None:
         position, settings = self.position, self.config.train
-        # Dropout is a function of (seed, step, rank), so that a resumed run draws what the first one would have.
-        torch.manual_seed(_mix(settings.seed, position.step, self.rank))
         factor = lr_factor(settings, position.step - 1, self.steps)
         for group, base in zip(self.engine.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * factor
-        for batch in micro:
-            losses = self.engine(batch.to(self.device), total)
+        try:
+            self._micro_steps(total, [batch.to(self.device) for batch in micro], window)
+        except NotFiniteError as error:
+            raise self.diverged(f"step {position.step}: {error}") from error
+        window.end_step(total)
+
+    def _micro_steps(self, total: int, micro: list[Batch], window: "_Window") -> None:
+        pooled = None
+        if self.engine.module.pools_beforehand:
+            pooled = pool_step(self.engine.module, micro, self._seed)
+        for number, batch in enumerate(micro):
+            self._seed(number)
+            losses = self.engine(batch, total, *(pooled.gradients(number) if pooled else ()))
             self.engine.backward(losses["loss"])
             self.engine.step()
+            if pooled:
+                losses |= {"icl": pooled.icl, "statistics": pooled.statistics}
             window.add(losses, batch)
-        window.end_step(total)
+
+    def diverged(self, what: str) -> UserError:
+        best = self.run / "best"
+        return UserError(
+            f"{what}; lower train.lr, or check the corpus with tools/verify_shards.py"
+            f"{f'; the model chosen last is in {best}' if best.exists() else ''}"
+        )
+
+    def _seed(self, micro_batch: int) -> None:
+        """Dropout is a function of (seed, step, rank, micro-batch): a resumed run draws what the first would have, and
+        a second forward pass what the first has."""
+        torch.manual_seed(_mix(self.config.train.seed, self.position.step, self.rank, micro_batch))
 
     def _evaluate(self) -> None:
         """Score the dev split; the best model so far is written the moment it is chosen."""
@@ -255,14 +279,20 @@ class _Window:
         self._clear()
 
     def _clear(self) -> None:
-        self.sums = torch.zeros(5, device=self.trainer.device)  # loss, erc, icl, cut texts, cut clips
-        self.steps, self.utterances, self.started = 0, 0, time.monotonic()
+        # L_ERC, L_ICL, cut texts, cut clips; keys, anchors, counted anchors, positives, negatives and their similarity
+        self.sums = torch.zeros(11, device=self.trainer.device)
+        self.micro_steps, self.steps, self.utterances, self.started = 0, 0, 0, time.monotonic()
 
     def add(self, losses: dict[str, torch.Tensor], batch: Batch) -> None:
-        means = torch.stack([losses["loss"].detach(), losses["erc"], losses["icl"]]).float()
-        self.sums[:3] += means / self.trainer.division.accumulation
-        self.sums[3] += batch.cut_tokens
-        self.sums[4] += batch.cut_audio
+        self.micro_steps += 1
+        self.sums[0] += losses["erc"]
+        self.sums[2] += batch.cut_tokens
+        self.sums[3] += batch.cut_audio
+        if "icl" in losses:
+            self.sums[1] += losses["icl"]
+            *sizes, positives, negatives, positive, negative = losses["statistics"]
+            pairs = [positives, negatives, positive * positives, negative * negatives]
+            self.sums[4:] += torch.stack([*sizes, *pairs])
 
     def end_step(self, total: int) -> None:
         self.steps += 1
@@ -274,15 +304,12 @@ class _Window:
             return
         trainer, position = self.trainer, self.trainer.position
         dist.all_reduce(self.sums)
-        sums = self.sums.tolist()
-        loss, erc, icl = (value / trainer.world_size / self.steps for value in sums[:3])
+        erc, icl, cut_texts, cut_clips, *pools = self.sums.tolist()
+        micro_steps = trainer.world_size * self.micro_steps
+        erc, icl = erc / micro_steps, icl / micro_steps
+        loss = erc + trainer.config.loss.icl_weight * icl
         if not math.isfinite(loss):
-            best = trainer.run / "best"
-            raise UserError(
-                f"the loss is {loss} in steps {position.step - self.steps + 1} to {position.step}; lower train.lr, or "
-                f"check the corpus with tools/verify_shards.py"
-                f"{f'; the model chosen last is in {best}' if best.exists() else ''}"
-            )
+            raise trainer.diverged(f"the loss is {loss} in steps {position.step - self.steps + 1} to {position.step}")
         rate = self.utterances / (time.monotonic() - self.started)
         trainer.display.figures(position.step, position.epoch, loss, rate)
         if trainer.log:
@@ -298,10 +325,23 @@ class _Window:
                 gradient_norm=None if norm is None else float(norm),
                 utterances_per_second=rate,
                 peak_memory_gib=peak_memory(),
-                cut_texts=int(sums[3]),
-                cut_clips=int(sums[4]),
+                cut_texts=int(cut_texts),
+                cut_clips=int(cut_clips),
+                **(_pool_figures(pools, micro_steps) if trainer.engine.module.contrast else {}),
             )
         self._clear()
+
+
+def _pool_figures(sums: list[float], pools: int) -> dict[str, float | None]:
+    """What the contrastive loss met: means over pools, and over all pairs of an anchor and a key."""
+    keys, anchors, counted, positives, negatives, positive, negative = sums
+    return {
+        "pool": keys / pools,
+        "counted_anchors": counted / pools,
+        "share_without_partner": 1 - counted / anchors,
+        "positive_similarity": positive / positives if positives else None,
+        "negative_similarity": negative / negatives if negatives else None,
+    }
 
 
 def open_corpus(config: Config) -> Corpus:

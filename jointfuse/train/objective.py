@@ -1,40 +1,73 @@
 """The module DeepSpeed trains: the network and its loss in one forward call."""
 
-import math
-
 import torch
 from torch import nn
 
 from jointfuse.config import LossSettings
 from jointfuse.data.batch import Batch
-from jointfuse.losses import classification_loss, inter_class_contrastive_loss
+from jointfuse.losses import InterClassContrastiveLoss, classification_loss
 from jointfuse.losses.gather import world_size
+from jointfuse.losses.icl import Statistics
 from jointfuse.model.network import Network
 
 
 class Objective(nn.Module):
-    """L = L_ERC + icl_weight * L_ICL, the contrastive pool being a micro-batch of every rank.
+    """L = L_ERC + icl_weight * L_ICL of one micro-batch of every rank.
 
-    The logarithm of the temperature is a parameter of shape (1,) where it is trained, and is read here, in the forward
-    call of the module DeepSpeed holds: elsewhere it is empty under ZeRO-3.
+    With `pool: step` and several micro-batches a step, L_ICL is taken beforehand (train/pool.py), and what is trained
+    here is its gradient, pushed back through one micro-batch after the other.
     """
 
     def __init__(self, network: Network, settings: LossSettings, accumulation: int) -> None:
         super().__init__()
         self.network, self.settings, self.accumulation = network, settings, accumulation
-        if settings.train_temperature and settings.icl_weight:
-            self.log_temperature = nn.Parameter(torch.tensor([math.log(settings.temperature)]))
+        self.contrast = None
+        if settings.icl_weight:
+            self.contrast = InterClassContrastiveLoss(
+                settings.temperature,
+                train_temperature=settings.train_temperature,
+                normalize=settings.normalize,
+                backend=settings.backend,
+                queue=settings.queue,
+                width=network.feature_width,
+            )
+        self.pools_beforehand = bool(self.contrast) and settings.pool == "step" and accumulation > 1
 
-    def forward(self, batch: Batch, total: int) -> dict[str, torch.Tensor]:
-        """Loss of one micro-batch; `total` real utterances are in the global batch it belongs to."""
+    @property
+    def trained_temperature(self) -> nn.Parameter | None:
+        return self.contrast.temperature.logarithm if self.contrast else None
+
+    def forward(
+        self,
+        batch: Batch,
+        total: int,
+        feature_gradient: torch.Tensor | None = None,
+        temperature_gradient: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """What is minimised, `loss`, and its parts for the log: `erc`, `icl` and `statistics` of the pool.
+
+        Args:
+            batch: B utterances.
+            total: real utterances in the global batch it belongs to.
+            feature_gradient: (B, D), of L_ICL taken beforehand; `icl` and `statistics` are not computed then.
+            temperature_gradient: (1,), likewise, in one micro-batch of the step.
+        """
         logits, features = self.network(batch)
         shares = world_size() * self.accumulation
         erc = classification_loss(logits, batch.labels, batch.valid, shares, total)
-        if not self.settings.icl_weight:
-            return {"loss": erc, "erc": erc.detach(), "icl": torch.zeros_like(erc)}
-        trained = self.settings.train_temperature
-        temperature = self.log_temperature.float().exp() if trained else self.settings.temperature
-        icl = inter_class_contrastive_loss(
-            features, batch.labels, temperature, valid=batch.valid, normalize=self.settings.normalize
-        )
-        return {"loss": erc + self.settings.icl_weight * icl, "erc": erc.detach(), "icl": icl.detach()}
+        losses = {"loss": erc, "erc": erc.detach()}
+        if self.contrast is None:
+            return losses
+        if feature_gradient is None:
+            icl = self.contrast(features, batch.labels, batch.valid)
+            losses |= {"icl": icl.detach(), "statistics": stacked(self.contrast.statistics)}
+        else:
+            icl = (features * feature_gradient).sum()
+            if temperature_gradient is not None:
+                icl = icl + (self.contrast.temperature() * temperature_gradient).sum()
+        return losses | {"loss": erc + self.settings.icl_weight * icl}
+
+
+def stacked(statistics: Statistics | None) -> torch.Tensor:
+    assert statistics is not None
+    return torch.stack(statistics).float()
