@@ -161,6 +161,11 @@ class TrainSettings(Settings):
     evaluate_every: str = "1 epoch"
     save_every: str = "1 epoch"
     keep_checkpoints: Positive = 2
+    choose_by: Literal["weighted_f1", "macro_f1", "accuracy"] = Field(
+        "weighted_f1",
+        description="dev score by which the best model is chosen; macro F1 where a few clips of the commonest class "
+        "would decide",
+    )
     patience: Positive | None = Field(None, description="stop after so many evaluations on dev without a better one")
     optimizer: Literal["adam", "adamw"] = "adam"
     lr: Rate = 1e-4

@@ -21,7 +21,7 @@ from jointfuse.data.shards import Corpus
 from jointfuse.data.stream import Planned, UtteranceReader, stream
 from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
-from jointfuse.evaluate.metrics import score
+from jointfuse.evaluate.metrics import HEADLINES, score
 from jointfuse.evaluate.predict import predict
 from jointfuse.losses import NotFiniteError
 from jointfuse.model.backbones import pretrained_tokenizer
@@ -140,7 +140,8 @@ class Trainer:
             if position.step < self.steps:
                 self.display.line(f"stopped early: no better dev score in {self.config.train.patience} evaluations")
             self.display.line(
-                f"finished at step {position.step}; best dev weighted F1 {position.best_score:.4f} "
+                f"finished at step {position.step}; best dev {HEADLINES[self.config.train.choose_by]} "
+                f"{position.best_score:.4f} "
                 f"at step {position.best_step}: {self.run / 'best'}"
             )
         if self.log:
@@ -231,9 +232,10 @@ class Trainer:
         position = self.position
         predictions = predict(self.engine.module.network, self.dev_reader, self.config.data.workers)
         result = score(predictions.labels, predictions.logits.argmax(axis=1), self.corpus.labels)
-        better = result["weighted_f1"] > position.best_score
+        chosen_by = result[self.config.train.choose_by]
+        better = chosen_by > position.best_score
         if better:
-            position.best_score, position.best_step = result["weighted_f1"], position.step
+            position.best_score, position.best_step = chosen_by, position.step
             position.evaluations_without_better = 0
             state = full_state(self.engine)
             if self.rank == 0:
