@@ -21,7 +21,7 @@ ATTACK = '<script>alert("1")</script><img src=x onerror="alert(2)">'
 HISTORY = [
     {"kind": "train", "step": 1, "epoch": 0, "loss": 2.0, "loss_erc": 1.0, "loss_icl": 1.0, "learning_rate": 1e-4},
     {"kind": "train", "step": 2, "epoch": 0, "loss": 1.5, "loss_erc": 0.8, "loss_icl": 0.7, "learning_rate": 1e-4},
-    {"kind": "dev", "step": 2, "epoch": 0, "weighted_f1": 0.5, "accuracy": 0.6, "macro_f1": 0.4, "loss": 1.2},
+    {"kind": "dev", "step": 2, "epoch": 0, "weighted_f1": 0.5, "accuracy": 0.6, "macro_f1": 0.4, "best": 0.5},
 ]
 CORPUS = {"name": "demo", "split": "test", "description": "Friends & family.", "synthetic": True}
 
@@ -214,9 +214,10 @@ def test_curves_of_incomplete_histories_are_drawn_without_a_warning(history: lis
     assert draw(curves_figure(history)).startswith("<svg")
 
 
-def test_the_curves_mark_the_best_development_score_and_a_resumed_step_counts_once() -> None:
-    rows = [{"kind": "dev", "step": step, "weighted_f1": f1} for step, f1 in [(10, 0.9), (10, 0.4), (20, 0.6)]]
-    assert "best: 60.0 at step 20" in draw(curves_figure(rows))
+def test_the_curves_mark_the_model_that_was_chosen_and_a_resumed_step_counts_once() -> None:
+    scores = [(10, 0.9, 0.9), (10, 0.4, 0.4), (20, 0.6, 0.6), (30, 0.7, None)]  # by another score than the one drawn
+    rows = [{"kind": "dev", "step": step, "weighted_f1": f1, "best": best} for step, f1, best in scores]
+    assert "chosen: 60.0 at step 20" in draw(curves_figure(rows))
 
 
 @pytest.mark.filterwarnings("error")

@@ -155,12 +155,11 @@ def curves_figure(history: list[dict]) -> Figure:
     for key, label, colour, marker in dev:
         steps, values = _series(history, "dev", key)
         _line(scores, steps, 100 * values, label=label, color=PALETTE[colour], marker=marker, markersize=4)
-    steps, values = _series(history, "dev", "weighted_f1")
+    steps, values = _series(history, "dev", "best")
     if len(steps):
-        best = int(values.argmax())
-        scores.axvline(steps[best], color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)), zorder=1)
-        label = f"best: {100 * values[best]:.1f} at step {steps[best]:,.0f}"
-        scores.plot(steps[best], 100 * values[best], "*", color=INK, markersize=12, zorder=5, label=label)
+        scores.axvline(steps[-1], color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)), zorder=1)
+        label = f"chosen: {100 * values[-1]:.1f} at step {steps[-1]:,.0f}"
+        scores.plot(steps[-1], 100 * values[-1], "*", color=INK, markersize=12, zorder=5, label=label)
     for axes, title in ((losses, "Loss"), (scores, "Development set, %")):
         axes.set_title(title)
         axes.set_xlabel("step")

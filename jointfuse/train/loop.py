@@ -141,8 +141,7 @@ class Trainer:
                 self.display.line(f"stopped early: no better dev score in {self.config.train.patience} evaluations")
             self.display.line(
                 f"finished at step {position.step}; best dev {HEADLINES[self.config.train.choose_by]} "
-                f"{position.best_score:.4f} "
-                f"at step {position.best_step}: {self.run / 'best'}"
+                f"{position.best_score:.4f} at step {position.best_step}: {self.run / 'best'}"
             )
         if self.log:
             self.log.close()
@@ -257,7 +256,9 @@ class Trainer:
             f"macro F1 {result['macro_f1']:.4f}{'  (best so far)' if better else ''}"
         )
         if self.log:
-            self.log.write("dev", position.step, epoch=position.epoch, **figures)
+            # `best`: the score by which a model was chosen, where this is the best so far.
+            best = chosen_by if better else None
+            self.log.write("dev", position.step, epoch=position.epoch, **figures, best=best)
 
     def _report_start(self) -> None:
         division, position = self.division, self.position
