@@ -6,7 +6,7 @@ import torch
 from jointfuse.data.plan import evaluation_batches
 from jointfuse.data.stream import UtteranceReader, stream
 from jointfuse.evaluate.metrics import Predictions
-from jointfuse.losses.gather import gather_rows, world_size
+from jointfuse.losses.gather import gather_numbers, gather_rows, group_rank, world_size
 from jointfuse.model.network import Network
 
 EVALUATION_BATCH = 32  # utterances a rank holds at once
@@ -22,19 +22,19 @@ def predict(network: Network, reader: UtteranceReader, workers: int) -> Predicti
     device = next(network.parameters()).device
     index = reader.split.index
     lengths = index["duration_ms"] if network.reads_audio else index["characters"]
-    rank = torch.distributed.get_rank() if world_size() > 1 else 0
     training = network.training
     network.eval()
     rows: list[tuple[torch.Tensor, ...]] = []
-    for batch in stream(reader, evaluation_batches(lengths, EVALUATION_BATCH, world_size(), rank), workers):
+    for batch in stream(reader, evaluation_batches(lengths, EVALUATION_BATCH, world_size(), group_rank()), workers):
         batch = batch.to(device)
         logits, features = network(batch)
         kept = batch.valid
         rows.append((batch.ids[kept], batch.labels[kept], logits[kept], features[kept]))
     network.train(training)
-    ids, labels, logits, features = (
-        torch.cat(gather_rows(torch.cat(part))).cpu().numpy() for part in zip(*rows, strict=True)
-    )
+    mine = [torch.cat(part) for part in zip(*rows, strict=True)]
+    held = torch.tensor([len(mine[0])], dtype=torch.float64, device=device)
+    sizes = [int(number) for (number,) in gather_numbers(held)]
+    ids, labels, logits, features = (gather_rows(part, sizes).cpu().numpy() for part in mine)
     order = np.argsort(ids)
     assert np.array_equal(ids[order], np.arange(len(index))), "every utterance exactly once"
     return Predictions(labels=labels[order], logits=logits[order], features=features[order])
