@@ -26,7 +26,9 @@ def pools(draw: st.DrawFn, largest: int) -> dict[str, Any]:
     n = draw(st.integers(1, largest))
     classes = draw(st.sampled_from([1, 2, 3, 7, n]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    labels = torch.randint(classes, (n,), generator=generator) if classes < n else torch.randperm(n, generator=generator)
+    labels = (
+        torch.randint(classes, (n,), generator=generator) if classes < n else torch.randperm(n, generator=generator)
+    )
     # From rows that all but coincide to rows that have nothing in common.
     spread = draw(st.sampled_from([0.01, 1.0, 10.0]))
     return {
@@ -44,9 +46,7 @@ def ours(case: dict[str, Any], name: str, dtype: torch.dtype = torch.float64) ->
     tau = torch.tensor([case["tau"]], dtype=torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiled.TILE, "cpu", case.get("tile", 1024))
-        loss = inter_class_contrastive_loss(
-            features, case["labels"], tau, normalize=case["normalize"], backend=name
-        )
+        loss = inter_class_contrastive_loss(features, case["labels"], tau, normalize=case["normalize"], backend=name)
         (3 * loss).backward()
     assert features.grad is not None
     assert tau.grad is not None

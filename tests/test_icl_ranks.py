@@ -10,8 +10,8 @@ import torch.distributed as dist
 from contrast_reference import contrast_by_hand
 from distributed import run_ranks
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from jointfuse.bench.device import Collectives
 from jointfuse.losses import inter_class_contrastive_loss
 from jointfuse.losses.backends import tiled, triton
 
@@ -88,26 +88,12 @@ def rank_losses(world_size: int) -> list[dict[str, Any]]:
                 "features": features.grad.numpy() / world_size,
                 "raw": [tensor.numpy() for tensor in raw],
                 "mean": [tensor.numpy() for tensor in mean],
-                "forward": forward.sent,
-                "backward": backward.sent,
+                "forward": forward.given,
+                "backward": backward.given,
             }
         )
     tiled.TILE["cpu"] = before
     return results
-
-
-class Collectives(TorchDispatchMode):
-    """Bytes that this rank gives to each collective started inside, in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "c10d":
-            given = args[1] if "allgather" in function.__name__ else args[0]
-            self.sent.append((function.__name__.rstrip("_.default"), given.numel() * given.element_size()))
-        return function(*args, **(kwargs or {}))
 
 
 Ranks = list[list[dict[str, Any]]]
@@ -206,11 +192,15 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_every_rank(tmp_path_factory: p
     zero, one, two = run_ranks(3, faults, tmp_path_factory.mktemp("icl") / "faults", limit=60)
     elsewhere = "rank 1 cannot take part in the contrastive loss: its own message says why"
     assert zero == two
-    assert one[:3] == zero[:3] == [
-        "the ranks disagree: their widths are 3, 5, 3",
-        "the ranks disagree: their precisions are torch.float32, torch.float64, torch.float32",
-        "features of rank 1: row 2 is not finite (rows that are not valid left out)",
-    ]
+    assert (
+        one[:3]
+        == zero[:3]
+        == [
+            "the ranks disagree: their widths are 3, 5, 3",
+            "the ranks disagree: their precisions are torch.float32, torch.float64, torch.float32",
+            "features of rank 1: row 2 is not finite (rows that are not valid left out)",
+        ]
+    )
     assert zero[3] == elsewhere
     assert one[3] == "labels (3,) must be (n,) for features (4, 3)"
     assert one[4:] == zero[4:]

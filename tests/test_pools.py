@@ -15,9 +15,11 @@ from training_fixtures import (
     Trained,
     corpus,
     largest_difference,
+    outcome,
     recipe,
     stage_file,
     train,
+    trainer,
 )
 
 from jointfuse.config import LossSettings
@@ -74,7 +76,9 @@ def test_two_passes_have_the_gradient_of_one_graph_over_all_micro_batches(train_
     assert ("contrast.temperature.logarithm" in found) == train_temperature
     for name, gradient in expected.items():
         slack = 1e-5 * max(1e-2, float(gradient.abs().max()))
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=slack, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-4, atol=slack, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- several ranks
@@ -104,6 +108,57 @@ def every_pool(recipe: Path, files: dict[int, Path], folder: Path) -> Runs:
         train(recipe, folder / f"dead {stage} {ranks}", *settings, file, stop_after=4)
         runs["queue resumed", stage] = train(recipe, folder / f"dead {stage} {ranks}", *settings, file, resume=True)
     return runs
+
+
+def first_gradient(recipe: str, run: Path, *settings: str) -> tuple[Trained, dict[str, np.ndarray]]:
+    """A short run, and the gradient of every parameter in its first step."""
+    from deepspeed.utils import safe_get_full_grad
+
+    found: dict[str, np.ndarray] = {}
+    with trainer(Path(recipe), run, *settings) as made:
+        step = made.engine.step
+
+        def keep_and_step() -> None:
+            if made.position.step == 1 and made.engine.is_gradient_accumulation_boundary():
+                for name, parameter in made.engine.module.named_parameters():
+                    found[name] = safe_get_full_grad(parameter).float().numpy().copy()
+            step()
+
+        made.engine.step = keep_and_step
+        made.train()
+        return outcome(made), found
+
+
+def demo_in_eight_parts(corpus: Path, files: dict[int, Path], folder: Path) -> dict[Any, Any]:
+    """The demo recipe on each of two ranks: a micro-batch of 8, and 8 of one utterance."""
+    settings = (f"data.corpus={corpus}", "data.max_seconds=1.5", "train.batch=16", "train.epochs=null")
+    still = ("model.text_encoder.dropout=0", "model.language.dropout=0", "model.extractor.dropout=0", "train.steps=1")
+    runs: dict[Any, Any] = {}
+    for stage, file in files.items():
+        for name, micro in (("whole", 8), ("parts", 1)):
+            more = (*settings, f"train.deepspeed={file}", f"train.micro_batch={micro}")
+            where = folder / f"demo {name} {stage}"
+            runs[name, stage] = first_gradient("demo", where, *more, *still)[1]
+        runs["trained", stage] = train(Path("demo"), folder / f"demo {stage}", *more, "train.steps=12")
+    return runs
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_demo_recipe_trains_in_eight_parts_with_the_gradient_of_one(demo: dict[Any, Any], stage: int) -> None:
+    whole, parts = demo["whole", stage], demo["parts", stage]
+    assert whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        np.testing.assert_allclose(parts[name], gradient, atol=1e-4 * np.abs(gradient).max() + 1e-6, err_msg=name)
+    losses = demo["trained", stage].losses[:, 0]
+    assert np.isfinite(losses).all()
+    assert losses[-4:].mean() < losses[:4].mean()
+
+
+@pytest.fixture(scope="module")
+def demo(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    folder = tmp_path_factory.mktemp("demo")
+    files = {stage: stage_file(stage, folder) for stage in (2, 3)}
+    return run_ranks(2, demo_in_eight_parts, folder / "ranks", corpus, files, folder)[0]  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +204,9 @@ def test_the_log_says_what_the_pools_were(runs: dict[int, Runs]) -> None:
         assert -1 <= row["negative_similarity"] <= 1
     assert {row["pool"] for row in rows(runs[2]["micro", 2])[:5]} == {2.0}
     assert rows(runs[2]["step", 2])[5]["pool"] == 3, "fillers are not in the pool"
-    first, last = (np.mean([row["share_without_partner"] for row in rows(runs[2][name, 2])]) for name in ("micro", "step"))
+    first, last = (
+        np.mean([row["share_without_partner"] for row in rows(runs[2][name, 2])]) for name in ("micro", "step")
+    )
     assert first > last, "in a small pool more anchors find no partner"
 
 

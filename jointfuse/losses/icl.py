@@ -181,7 +181,9 @@ def _fault(
 ) -> str | None:
     """What is wrong with this rank's arguments, as far as it shows without reading the device."""
     if features.ndim != 2 or features.dtype not in PRECISIONS:
-        return f"features must be (n, D) in 16, 32 or 64 bit floating point, got {tuple(features.shape)} {features.dtype}"
+        return (
+            f"features must be (n, D) in 16, 32 or 64 bit floating point, got {tuple(features.shape)} {features.dtype}"
+        )
     if labels.shape != features.shape[:1]:
         return f"labels {tuple(labels.shape)} must be (n,) for features {tuple(features.shape)}"
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -263,9 +265,7 @@ def inter_class_contrastive_loss(
             positive, ranks that disagree, a group the process is not part of, a backend that cannot work here. What
             is wrong on one rank raises on all of them.
     """
-    return contrast(
-        features, labels, temperature, valid=valid, normalize=normalize, group=group, backend=backend
-    )[0]
+    return contrast(features, labels, temperature, valid=valid, normalize=normalize, group=group, backend=backend)[0]
 
 
 class Temperature(nn.Module):
@@ -323,9 +323,7 @@ class InterClassContrastiveLoss(nn.Module):
             self.register_buffer("past_rows", torch.zeros(1, dtype=torch.long))  # how many of them are filled
         self.statistics: Statistics | None = None
 
-    def forward(
-        self, features: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         """features (n, D), labels (n,), valid (n,) -> this rank's share of L. In training, the queue moves on."""
         queue = None
         if self.queue:

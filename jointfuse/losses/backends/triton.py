@@ -18,7 +18,7 @@ HALF_RANGE = 2.0**14  # float16 coefficients of at most twice this do not overfl
 
 
 @triton.jit
-def _products(pool, i, i_in, j, j_in, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):  # noqa: N803
+def _products(pool, i, i_in, j, j_in, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
     """pool_i . pool_j of a tile, (BM, BN) float32."""
     total = tl.zeros((BM, BN), dtype=tl.float32)
     for first in range(0, D, BD):
@@ -31,7 +31,17 @@ def _products(pool, i, i_in, j, j_in, D: tl.constexpr, BM: tl.constexpr, BN: tl.
 
 @triton.jit
 def _log_sum_exp_kernel(
-    pool, parts, tau, start, n, K, a_part, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr  # noqa: N803
+    pool,
+    parts,
+    tau,
+    start,
+    n,
+    K,
+    a_part,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
 ):
     """parts[part, row]: log-sum-exp of a row's similarities to the columns of one part."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -58,11 +68,11 @@ def _log_sum_exp_kernel(
 @triton.jit
 def _coefficient_kernel(
     pool, coefficients, expected, tau, lse, g, first_row, rows, K, columns,
-    D: tl.constexpr, WITH_EXPECTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,  # noqa: N803
+    D: tl.constexpr, WITH_EXPECTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """c_ij of a panel of rows from first_row on, (rows, K); expected[column block, row]: parts of sum_j p_ij s_ij."""
     # Neighbours in time share columns: a group of row blocks goes over the columns together.
-    GROUP: tl.constexpr = 8  # noqa: N806
+    GROUP: tl.constexpr = 8
     row_blocks, program = tl.cdiv(rows, BM), tl.program_id(0)
     group = program // (GROUP * columns) * GROUP
     height = tl.minimum(row_blocks - group, GROUP)

@@ -1,0 +1,47 @@
+"""python -m jointfuse.bench icl"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from jointfuse.errors import UserError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Measure jointfuse beside its peers on this machine."
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """Each benchmark is a command."""
+
+
+@app.command()
+def icl(
+    rows: Annotated[list[int] | None, typer.Option(help="sizes K of the pool; repeat the option for several")] = None,
+    width: Annotated[list[int] | None, typer.Option(help="widths D of the features; likewise")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="rounds; the fastest of each method counts")] = 3,
+    ranks: Annotated[int, typer.Option(min=1, help="processes that share the pool")] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="methods to measure, by name; all of them unless set")] = None,
+    out: Annotated[Path | None, typer.Option(help="result file; build/bench/icl-DEVICE.json unless set")] = None,
+) -> None:
+    """The contrastive loss, forward and backward: time, memory above the features, share of the matmul rate."""
+    from jointfuse.bench.icl import benchmark_icl
+
+    benchmark_icl(rows, width, dtype, repeats, ranks, only, out, Console(soft_wrap=True))
+
+
+def main() -> None:
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Benchmarks run, compare equal things, and say what they cannot measure."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_program
+
+from jointfuse.bench import icl
+from jointfuse.bench.device import peak_bytes
+from jointfuse.errors import UserError
+
+BENCH = [sys.executable, "-m", "jointfuse.bench", "icl"]
+
+
+def test_a_table_and_a_result_file_name_the_device_and_every_method(tmp_path: Path) -> None:
+    only = [part for m in icl.METHODS if "compile" not in m.name for part in ("--only", m.name)]
+    out = tmp_path / "folder" / "result.json"
+    sizes = ["--rows", "64", "--rows", "96", "--width", "24", "--repeats", "2"]
+    ended = run_program([*BENCH, *sizes, *only, "--dtype", "float32", "--out", str(out)])
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(out.read_text())
+    assert result["device"] in ended.stdout
+    assert result["matmul_flops"] > 0
+    assert [(cell["rows"], cell["width"]) for cell in result["cells"][:: len(only) // 2]] == [(64, 24), (96, 24)]
+    for cell in result["cells"]:
+        assert cell["method"] in ended.stdout
+        assert (cell["seconds"] is None) == bool(cell["note"] and cell["method"] != "inf-cl"), cell
+        if cell["seconds"]:
+            flops = 6 * cell["rows"] ** 2 * cell["width"] / cell["seconds"]
+            assert cell["share_of_matmul"] == pytest.approx(flops / result["matmul_flops"])
+    if not torch.cuda.is_available():
+        assert {cell["note"] for cell in result["cells"] if cell["method"] == "inf-cl"} == {"needs a GPU"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="as many GPUs as ranks would be needed")
+def test_over_ranks_ours_sends_features_once_and_the_peer_sends_their_gradients_back(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    ended = run_program([*BENCH, "--rows", "64", "--width", "24", "--ranks", "2", "--repeats", "1", "--out", str(out)])
+    assert ended.returncode == 0, ended.stderr
+    cells = {cell["method"]: cell for cell in json.loads(out.read_text())["cells"]}
+    tiled, peer = cells["jointfuse tiled"], cells["dense torch, gathered with gradient"]
+    features = 32 * 24 * 4
+    assert tiled["sent_forward"] == 5 * 8 + features + 32 * 8 + 32 * 4
+    assert tiled["sent_backward"] == 0
+    assert peer["sent_backward"] >= features
+
+
+def test_a_method_with_other_results_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = icl.Method("wrong", lambda: lambda f, y: 1.1 * icl.dense_loss(f, y))
+    with pytest.raises(UserError, match="wrong: its loss differs from the reference by 1.0e-01"):
+        icl._measure([wrong], 64, 8, torch.float32, 1)
+
+
+def test_what_does_not_fit_or_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> icl.Loss:
+        raise ImportError("no", name="peer")
+
+    monkeypatch.setattr(icl, "_fits", lambda k: False)
+    methods = [icl.Method("absent", absent), icl.Method("large", lambda: icl.dense_loss, dense=True)]
+    first, second = icl._measure(methods, 64, 8, torch.float32, 1)
+    assert first.note == "peer is not installed: pip install 'jointfuse[bench]'"
+    assert second.note == "64 x 64 similarities do not fit"
+    assert first.seconds is second.seconds is None
+
+
+def test_peak_memory_is_that_of_the_work() -> None:
+    size = 64 * 2**20
+    used = peak_bytes(lambda: torch.ones(size, dtype=torch.uint8).sum())
+    assert used is None or 0.9 * size < used < 1.5 * size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "float8"], "--dtype float8: choose one of auto, float32, bfloat16, float16"),
+        (["--only", "faster"], "--only 'faster': choose among jointfuse tiled"),
+        (["--rows", "65", "--ranks", "2"], "--rows must be multiples of --ranks 2"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(arguments: list[str], message: str) -> None:
+    ended = run_program([*BENCH, *arguments])
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {message}")
+    assert len(ended.stderr.strip().splitlines()) == 1
