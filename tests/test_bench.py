@@ -50,7 +50,7 @@ def test_over_ranks_ours_sends_features_once_and_the_peer_sends_their_gradients_
 
 def test_a_method_with_other_results_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = icl.Method("wrong", lambda: lambda f, y: 1.1 * icl.dense_loss(f, y))
-    with pytest.raises(UserError, match="wrong: its loss differs from the reference by 1.0e-01"):
+    with pytest.raises(UserError, match=r"wrong: its loss differs from the reference by 1\.0e-01"):
         icl._measure([wrong], 64, 8, torch.float32, 1)
 
 
