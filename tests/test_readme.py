@@ -33,6 +33,9 @@ SHORTER = {
     "deepspeed --num_gpus 2 --module jointfuse.train --recipe demo --run runs/demo data.corpus=corpora/demo": {
         "--recipe demo": f"--recipe demo {FEW}",
     },
+    "python -m jointfuse.bench icl": {
+        "bench icl": "bench icl --rows 64 --width 16 --repeats 1 --only 'jointfuse tiled' --only 'dense torch'"
+    },
 }
 # .ci/run runs these two themselves.
 IN_CI = ["bash tools/quickstart.sh", "bash tools/test.sh"]

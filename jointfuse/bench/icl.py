@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,11 +228,11 @@ def _measure(methods: list[Method], k: int, d: int, dtype: torch.dtype, repeats:
     del expected
     for method, cell in zip(methods, cells, strict=True):
         if method.name in losses:
-            cell.peak_bytes = peak_bytes(lambda loss=losses[method.name]: _step(loss, features, labels))
+            cell.peak_bytes = peak_bytes(partial(_step, losses[method.name], features, labels))
     for _ in range(repeats):
         for cell in cells:
             if cell.method in losses:
-                taken = seconds(lambda loss=losses[cell.method]: _step(loss, features, labels))
+                taken = seconds(partial(_step, losses[cell.method], features, labels))
                 cell.seconds = min(taken, cell.seconds or taken)
     return cells
 
@@ -303,10 +304,10 @@ def _rank(rank: int, ranks: int, names: list[str], k: int, d: int, precision: st
             value.backward()
         cell.sent_forward, cell.sent_backward = forward.sent(), backward.sent()
         dist.barrier()
-        cell.peak_bytes = peak_bytes(lambda loss=loss: _step(loss, features, labels))
+        cell.peak_bytes = peak_bytes(partial(_step, loss, features, labels))
         for _ in range(repeats):
             dist.barrier()
-            taken = seconds(lambda loss=loss: _step(loss, features, labels))
+            taken = seconds(partial(_step, loss, features, labels))
             cell.seconds = min(taken, cell.seconds or taken)
     (Path(folder) / f"{rank}.json").write_text(json.dumps([asdict(cell) for cell in cells]))
     dist.barrier()

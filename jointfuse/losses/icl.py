@@ -300,6 +300,10 @@ class InterClassContrastiveLoss(nn.Module):
         statistics: of the last call; None before the first.
     """
 
+    past_features: torch.Tensor  # (Q, D), the newest first
+    past_labels: torch.Tensor  # (Q,)
+    past_rows: torch.Tensor  # (1,), how many of them are filled
+
     def __init__(
         self,
         temperature: float = 0.1,
@@ -320,7 +324,7 @@ class InterClassContrastiveLoss(nn.Module):
         if queue:
             self.register_buffer("past_features", torch.zeros(queue, width))
             self.register_buffer("past_labels", torch.zeros(queue, dtype=torch.long))
-            self.register_buffer("past_rows", torch.zeros(1, dtype=torch.long))  # how many of them are filled
+            self.register_buffer("past_rows", torch.zeros(1, dtype=torch.long))
         self.statistics: Statistics | None = None
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:

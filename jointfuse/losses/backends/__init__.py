@@ -11,6 +11,7 @@ pool is (K, D), tau (1,), lse and g (K,) for every row of the pool; float32 accu
 float64), and float32 results for half-precision pools. A pool of one row has lse = -inf.
 """
 
+import importlib
 import importlib.util
 import logging
 from functools import cache
@@ -34,15 +35,10 @@ def backend(name: str, device: torch.device, dtype: torch.dtype, rows: int) -> M
         kernels = device.type == "cuda" and dtype != torch.float64 and _triton_installed()
         name = "triton" if kernels and rows >= SMALLEST_FOR_TRITON else "tiled"
         _say(name, device.type)
-    if name == "reference":
-        from jointfuse.losses.backends import reference as chosen
-    elif name == "tiled":
-        from jointfuse.losses.backends import tiled as chosen
-    else:
-        if not _triton_installed():
-            raise ValueError("backend 'triton' needs the package triton; 'tiled' works without it")
-        from jointfuse.losses.backends import triton as chosen
-
+    if name == "triton" and not _triton_installed():
+        raise ValueError("backend 'triton' needs the package triton; 'tiled' works without it")
+    chosen = importlib.import_module(f"{__name__}.{name}")
+    if name == "triton":
         chosen.check(device, dtype)
     return chosen
 
