@@ -42,6 +42,7 @@ def test_the_command_trains_on_two_ranks_and_only_the_first_one_speaks(recipe: P
     score = r"weighted F1 0\.\d{4}, accuracy \d\.\d{4}, macro F1 0\.\d{4}  \(best so far\)"
     expected = [
         r"tiny: 43 utterances of tones, .* batch 6 = 2 ranks x 1 accumulated x 3, zero2 on cpu",
+        "contrastive loss: backend tiled on cpu",
         f"step 8/{STEPS}  epoch 1  {figures}",
         f"step 10/{STEPS}  epoch 2  {figures}",
         f"step {STEPS}/{STEPS}  epoch 2  {figures}",

@@ -1,5 +1,6 @@
 """What people see while it runs: a live bar in a terminal, plain lines elsewhere, nothing on ranks other than 0."""
 
+import logging
 import resource
 import time
 from datetime import timedelta
@@ -38,14 +39,18 @@ class Display:
             console=self.console,
             disable=not self.live,
         )
+        self.log, self.lines = logging.getLogger("jointfuse"), _Lines(self)
         self.task = self.bar.add_task("train", total=steps, completed=done, epoch=0, figures="")
 
     def __enter__(self) -> "Display":
+        self.log.addHandler(self.lines)
+        self.log.setLevel(logging.INFO)
         self.bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
+        self.log.removeHandler(self.lines)
 
     def line(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -61,3 +66,14 @@ class Display:
             passed = time.monotonic() - self.started
             left = passed / max(1, step - self.done_before) * (self.steps - step)
             self.line(f"step {step}/{self.steps}  epoch {epoch + 1}  {shown}  ETA {timedelta(seconds=round(left))}")
+
+
+class _Lines(logging.Handler):
+    """What any part of jointfuse has to say, as lines of the display."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__()
+        self.display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.display.line(record.getMessage())
