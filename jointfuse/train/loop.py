@@ -100,6 +100,7 @@ class Trainer:
         if checkpoint:
             load_checkpoint(self.engine, checkpoint)
         self.log = MetricsLog(run, self.position.step) if self.rank == 0 else None
+        self.score_name = "weighted_f1" if settings.choose_by == "last" else settings.choose_by
         self.evaluate_every = self._in_steps(settings.evaluate_every)
         self.save_every = self._in_steps(settings.save_every)
 
@@ -138,7 +139,7 @@ class Trainer:
             if position.step < self.steps:
                 self.display.line(f"stopped early: no better dev score in {self.config.train.patience} evaluations")
             self.display.line(
-                f"finished at step {position.step}; best dev {HEADLINES[self.config.train.choose_by]} "
+                f"finished at step {position.step}; best dev {HEADLINES[self.score_name]} "
                 f"{position.best_score:.4f} "
                 f"at step {position.best_step}: {self.run / 'best'}"
             )
@@ -208,8 +209,8 @@ class Trainer:
         position = self.position
         predictions = predict(self.engine.module.network, self.dev_reader, self.config.data.workers)
         result = score(predictions.labels, predictions.logits.argmax(axis=1), self.corpus.labels)
-        chosen_by = result[self.config.train.choose_by]
-        better = chosen_by > position.best_score
+        chosen_by = result[self.score_name]
+        better = chosen_by > position.best_score or self.config.train.choose_by == "last"
         if better:
             position.best_score, position.best_step = chosen_by, position.step
             position.evaluations_without_better = 0
