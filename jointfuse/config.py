@@ -161,10 +161,10 @@ class TrainSettings(Settings):
     evaluate_every: str = "1 epoch"
     save_every: str = "1 epoch"
     keep_checkpoints: Positive = 2
-    choose_by: Literal["weighted_f1", "macro_f1", "accuracy"] = Field(
+    choose_by: Literal["weighted_f1", "macro_f1", "accuracy", "last"] = Field(
         "weighted_f1",
-        description="dev score by which the best model is chosen; macro F1 where a few clips of the commonest class "
-        "would decide",
+        description="dev score by which the best model is chosen; last: the model at the end, for a dev split too small "
+        "to choose by",
     )
     patience: Positive | None = Field(None, description="stop after so many evaluations on dev without a better one")
     optimizer: Literal["adam", "adamw"] = "adam"
@@ -190,6 +190,12 @@ class TrainSettings(Settings):
     def _one_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps, one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _patience_waits_for_a_score(self) -> Self:
+        if self.patience and self.choose_by == "last":
+            raise ValueError("patience waits for a better dev score, and choose_by: last chooses by none; drop one")
         return self
 
 

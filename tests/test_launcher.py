@@ -39,7 +39,7 @@ def test_the_command_trains_on_two_ranks_and_only_the_first_one_speaks(recipe: P
     assert ended.stdout.startswith(settings)
     said = [line for line in ended.stdout[len(settings) :].splitlines() if line]
     figures = r"loss \d+\.\d{4}  \d+\.\d utterances/s  \d+\.\d GiB  ETA \d:\d\d:\d\d"
-    score = r"weighted F1 0\.\d{4}, accuracy \d\.\d{4}, macro F1 0\.\d{4}  \(best so far\)"
+    score = r"weighted F1 0\.\d{4}, accuracy \d\.\d{4}, macro F1 0\.\d{4}  \(chosen so far\)"
     expected = [
         r"tiny: 43 utterances of tones, .* batch 6 = 2 ranks x 1 accumulated x 3, zero2 on cpu",
         "contrastive loss: backend tiled on cpu",
@@ -47,7 +47,7 @@ def test_the_command_trains_on_two_ranks_and_only_the_first_one_speaks(recipe: P
         f"step 10/{STEPS}  epoch 2  {figures}",
         f"step {STEPS}/{STEPS}  epoch 2  {figures}",
         f"dev at step {STEPS}: {score}",
-        rf"finished at step {STEPS}; best dev weighted F1 0\.\d{{4}} at step {STEPS}: {re.escape(str(run / 'best'))}",
+        rf"finished at step {STEPS}; chosen: step {STEPS}, dev weighted F1 0\.\d{{4}}: {re.escape(str(run / 'best'))}",
     ]
     assert len(said) == len(expected), said
     for line, pattern in zip(said, expected, strict=True):

@@ -119,6 +119,10 @@ def every_case(recipe: Path, stage3: Path, folder: Path) -> dict[str, Any]:
         cases["started"] = outcome_weights(made)
 
     cases["chosen"] = choose_by_given_scores(recipe, folder / "chosen", stage3)
+    last = ("train.batch=8", "train.steps=4", "train.evaluate_every=2 steps", "train.choose_by=last")
+    with trainer(recipe, folder / "last", *last) as made:
+        made.train()
+        cases["last"] = outcome(made)
     # At this rate nothing changes, so the first score is never beaten.
     cases["patient"] = train(
         recipe, folder / "patient", "train.lr=1e-20", "train.evaluate_every=2 steps", "train.patience=2"
@@ -241,6 +245,14 @@ def test_norms_biases_and_temperature_are_never_decayed(recipe: Path) -> None:
         spared = "norm" in name.lower() or name.endswith(".bias") or name == "contrast.temperature.logarithm"
         assert decay[id(parameter)] == (0.0 if spared else 0.1), name
     assert [group["lr"] for group in groups if group["part"] == "temperature"] == [1e-2]
+
+
+def test_a_run_that_chooses_by_none_keeps_the_model_of_its_end(cases: dict[str, Any], folder: Path) -> None:
+    trained: Trained = cases["last"]
+    assert [row["best"] == row["weighted_f1"] for row in trained.dev] == [True, True]
+    assert trained.position["best_step"] == 4
+    kept = load_file(folder / "last" / "best" / "model.safetensors")
+    assert largest_difference({name: tensor.float().numpy() for name, tensor in kept.items()}, trained.weights) == 0
 
 
 def test_a_run_starts_from_an_exported_model(cases: dict[str, Any], folder: Path) -> None:

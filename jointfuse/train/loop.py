@@ -102,6 +102,7 @@ class Trainer:
         if checkpoint:
             load_checkpoint(self.engine, checkpoint)
         self.log = MetricsLog(run, self.position.step) if self.rank == 0 else None
+        self.score_name = "weighted_f1" if settings.choose_by == "last" else settings.choose_by
         self.evaluate_every = self._in_steps(settings.evaluate_every)
         self.save_every = self._in_steps(settings.save_every)
 
@@ -140,8 +141,8 @@ class Trainer:
             if position.step < self.steps:
                 self.display.line(f"stopped early: no better dev score in {self.config.train.patience} evaluations")
             self.display.line(
-                f"finished at step {position.step}; best dev {HEADLINES[self.config.train.choose_by]} "
-                f"{position.best_score:.4f} at step {position.best_step}: {self.run / 'best'}"
+                f"finished at step {position.step}; chosen: step {position.best_step}, "
+                f"dev {HEADLINES[self.score_name]} {position.best_score:.4f}: {self.run / 'best'}"
             )
         if self.log:
             self.log.close()
@@ -227,12 +228,12 @@ class Trainer:
         torch.manual_seed(_mix(self.config.train.seed, self.position.step, self.rank, micro_batch))
 
     def _evaluate(self) -> None:
-        """Score the dev split; the best model so far is written the moment it is chosen."""
+        """Score the dev split; the model chosen so far is written at once."""
         position = self.position
         predictions = predict(self.engine.module.network, self.dev_reader, self.config.data.workers)
         result = score(predictions.labels, predictions.logits.argmax(axis=1), self.corpus.labels)
-        chosen_by = result[self.config.train.choose_by]
-        better = chosen_by > position.best_score
+        chosen_by = result[self.score_name]
+        better = chosen_by > position.best_score or self.config.train.choose_by == "last"
         if better:
             position.best_score, position.best_step = chosen_by, position.step
             position.evaluations_without_better = 0
@@ -253,7 +254,7 @@ class Trainer:
         figures = {name: result[name] for name in ("accuracy", "weighted_f1", "macro_f1")}
         self.display.line(
             f"dev at step {position.step}: weighted F1 {result['weighted_f1']:.4f}, accuracy {result['accuracy']:.4f}, "
-            f"macro F1 {result['macro_f1']:.4f}{'  (best so far)' if better else ''}"
+            f"macro F1 {result['macro_f1']:.4f}{'  (chosen so far)' if better else ''}"
         )
         if self.log:
             # `best`: the score by which a model was chosen, where this is the best so far.
