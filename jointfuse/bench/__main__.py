@@ -32,7 +32,7 @@ def icl(
     """The contrastive loss, forward and backward: time, memory above the features, share of the matmul rate."""
     from jointfuse.bench.icl import benchmark_icl
 
-    benchmark_icl(rows, width, dtype, repeats, ranks, only, out, Console(soft_wrap=True))
+    benchmark_icl(rows, width, dtype, repeats, ranks, only, out, Console(width=None if sys.stdout.isatty() else 130))
 
 
 def main() -> None:
