@@ -163,8 +163,7 @@ class TrainSettings(Settings):
     keep_checkpoints: Positive = 2
     choose_by: Literal["weighted_f1", "macro_f1", "accuracy", "last"] = Field(
         "weighted_f1",
-        description="dev score by which the best model is chosen; last: the model at the end, for a dev split too small "
-        "to choose by",
+        description="dev score by which the model is chosen; last: the model at the end, where dev is too small",
     )
     patience: Positive | None = Field(None, description="stop after so many evaluations on dev without a better one")
     optimizer: Literal["adam", "adamw"] = "adam"
