@@ -290,10 +290,10 @@ class _Window:
     def add(self, losses: dict[str, torch.Tensor], batch: Batch) -> None:
         self.micro_steps += 1
         self.sums[0] += losses["erc"]
+        self.sums[1] += losses["icl"]
         self.sums[2] += batch.cut_tokens
         self.sums[3] += batch.cut_audio
-        if "icl" in losses:
-            self.sums[1] += losses["icl"]
+        if "statistics" in losses:
             *sizes, positives, negatives, positive, negative = losses["statistics"]
             pairs = [positives, negatives, positive * positives, negative * negatives]
             self.sums[4:] += torch.stack([*sizes, *pairs])

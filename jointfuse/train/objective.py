@@ -49,13 +49,13 @@ class Objective(nn.Module):
         Args:
             batch: B utterances.
             total: real utterances in the global batch it belongs to.
-            feature_gradient: (B, D), of L_ICL taken beforehand; `icl` and `statistics` are not computed then.
+            feature_gradient: (B, D), of L_ICL taken beforehand; `icl` is 0 then, and there are no `statistics`.
             temperature_gradient: (1,), likewise, in one micro-batch of the step.
         """
         logits, features = self.network(batch)
         shares = world_size() * self.accumulation
         erc = classification_loss(logits, batch.labels, batch.valid, shares, total)
-        losses = {"loss": erc, "erc": erc.detach()}
+        losses = {"loss": erc, "erc": erc.detach(), "icl": torch.zeros_like(erc)}
         if self.contrast is None:
             return losses
         if feature_gradient is None:
