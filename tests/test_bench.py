@@ -27,7 +27,8 @@ def test_a_table_and_a_result_file_name_the_device_and_every_method(tmp_path: Pa
     assert [(cell["rows"], cell["width"]) for cell in result["cells"][:: len(only) // 2]] == [(64, 24), (96, 24)]
     for cell in result["cells"]:
         assert cell["method"] in ended.stdout
-        assert (cell["seconds"] is None) == bool(cell["note"] and cell["method"] != "inf-cl"), cell
+        # inf-cl has a note even where it runs.
+        assert cell["method"] == "inf-cl" or (cell["seconds"] is None) == bool(cell["note"]), cell
         if cell["seconds"]:
             flops = 6 * cell["rows"] ** 2 * cell["width"] / cell["seconds"]
             assert cell["share_of_matmul"] == pytest.approx(flops / result["matmul_flops"])

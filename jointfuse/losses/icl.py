@@ -25,8 +25,8 @@ NORM_FLOOR = 1e-12  # a row of zeros stays one, and gets no gradient
 PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class NotFiniteError(ValueError):
-    """Features that hold NaN or infinity: mostly a model that has diverged."""
+class DivergedError(ValueError):
+    """Features or a temperature of which no loss can be taken: in training, mostly a model that has diverged."""
 
 
 class Statistics(NamedTuple):
@@ -219,9 +219,9 @@ def _agree(
         if n < 0:
             raise ValueError(f"rank {other} cannot take part in the contrastive loss: its own message says why")
         if not tau > 0 or math.isinf(tau):
-            raise ValueError(f"temperature must be positive and finite, got {tau}{whose}")
+            raise DivergedError(f"temperature must be positive and finite, got {tau}{whose}")
         if first < n:
-            raise NotFiniteError(f"features{whose}: row {int(first)} is not finite (rows that are not valid left out)")
+            raise DivergedError(f"features{whose}: row {int(first)} is not finite (rows that are not valid left out)")
     for what, column in (("widths", 1), ("precisions", 4), ("temperatures", 3)):
         found = [numbers[column] for numbers in every]
         if len(set(found)) > 1:

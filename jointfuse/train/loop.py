@@ -23,7 +23,7 @@ from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
 from jointfuse.evaluate.metrics import HEADLINES, score
 from jointfuse.evaluate.predict import predict
-from jointfuse.losses import NotFiniteError
+from jointfuse.losses import DivergedError
 from jointfuse.model.backbones import pretrained_tokenizer
 from jointfuse.model.export import initialise, save_model
 from jointfuse.model.network import Network
@@ -198,7 +198,7 @@ class Trainer:
             group["lr"] = base * factor
         try:
             self._micro_steps(total, [batch.to(self.device) for batch in micro], window)
-        except NotFiniteError as error:
+        except DivergedError as error:
             raise self.diverged(f"step {position.step}: {error}") from error
         window.end_step(total)
 
