@@ -269,20 +269,17 @@ def inter_class_contrastive_loss(
 
 
 class Temperature(nn.Module):
-    """tau: a number, or exp of a parameter `logarithm` (1,) where it is trained.
+    """A trained tau: exp of the parameter `logarithm` (1,).
 
     A module of its own, so that whoever calls it finds the parameter whole under ZeRO-3.
     """
 
-    def __init__(self, start: float, trained: bool) -> None:
+    def __init__(self, start: float) -> None:
         super().__init__()
-        if not 0 < start < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {start}")
-        self.start = start
-        self.logarithm = nn.Parameter(torch.tensor([math.log(start)])) if trained else None
+        self.logarithm = nn.Parameter(torch.tensor([math.log(start)]))
 
-    def forward(self) -> torch.Tensor | float:
-        return self.start if self.logarithm is None else self.logarithm.float().exp()
+    def forward(self) -> torch.Tensor:
+        return self.logarithm.float().exp()
 
 
 class InterClassContrastiveLoss(nn.Module):
@@ -316,9 +313,12 @@ class InterClassContrastiveLoss(nn.Module):
         width: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
         if queue and not width:
             raise ValueError(f"a queue of {queue} features needs their width")
-        self.temperature = Temperature(temperature, train_temperature)
+        self.fixed_temperature = temperature
+        self.temperature = Temperature(temperature) if train_temperature else None
         self.normalize, self.group, self.backend = normalize, group, backend
         self.queue = queue
         if queue:
@@ -326,6 +326,10 @@ class InterClassContrastiveLoss(nn.Module):
             self.register_buffer("past_labels", torch.zeros(queue, dtype=torch.long))
             self.register_buffer("past_rows", torch.zeros(1, dtype=torch.long))
         self.statistics: Statistics | None = None
+
+    def tau(self) -> torch.Tensor | float:
+        """A tensor (1,) with a gradient where it is trained."""
+        return self.temperature() if self.temperature else self.fixed_temperature
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         """features (n, D), labels (n,), valid (n,) -> this rank's share of L. In training, the queue moves on."""
@@ -336,7 +340,7 @@ class InterClassContrastiveLoss(nn.Module):
         loss, self.statistics, rows = contrast(
             features,
             labels,
-            self.temperature(),
+            self.tau(),
             valid=valid,
             normalize=self.normalize,
             group=self.group,

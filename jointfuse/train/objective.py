@@ -35,7 +35,8 @@ class Objective(nn.Module):
 
     @property
     def trained_temperature(self) -> nn.Parameter | None:
-        return self.contrast.temperature.logarithm if self.contrast else None
+        temperature = self.contrast.temperature if self.contrast else None
+        return temperature.logarithm if temperature else None
 
     def forward(
         self,
@@ -64,7 +65,7 @@ class Objective(nn.Module):
         else:
             icl = (features * feature_gradient).sum()
             if temperature_gradient is not None:
-                icl = icl + (self.contrast.temperature() * temperature_gradient).sum()
+                icl = icl + (self.contrast.tau() * temperature_gradient).sum()
         return losses | {"loss": erc + self.settings.icl_weight * icl}
 
 

@@ -41,11 +41,13 @@ def pool_step(objective: Objective, batches: list[Batch], seed: Callable[[int], 
         for number, batch in enumerate(batches):
             seed(number)
             features.append(objective.network(batch)[1])
-        tau = objective.contrast.temperature()
-    trained = isinstance(tau, torch.Tensor) and objective.trained_temperature.requires_grad  # type: ignore[union-attr]
-    if isinstance(tau, torch.Tensor):
-        tau = tau.detach().clone().requires_grad_(trained)
+        tau = objective.contrast.tau()
     pool = torch.cat(features).requires_grad_()
+    leaves = [pool]
+    if isinstance(tau, torch.Tensor):
+        tau = tau.detach().clone()
+        if objective.trained_temperature is not None and objective.trained_temperature.requires_grad:
+            leaves.append(tau.requires_grad_())
     settings = objective.settings
     icl, statistics, _ = contrast(
         pool,
@@ -55,10 +57,10 @@ def pool_step(objective: Objective, batches: list[Batch], seed: Callable[[int], 
         normalize=settings.normalize,
         backend=settings.backend,
     )
-    gradients = torch.autograd.grad(icl * len(batches), [pool, tau] if trained else [pool])
+    gradients = torch.autograd.grad(icl * len(batches), leaves)
     return Pooled(
         features=list(gradients[0].split([len(part) for part in features])),
-        temperature=gradients[1] if trained else None,
+        temperature=gradients[1] if len(gradients) > 1 else None,
         icl=icl.detach(),
         statistics=stacked(statistics),
     )
