@@ -86,7 +86,7 @@ def test_tiles_of_any_size_give_what_all_similarities_at_once_give(case: dict[st
 @given(pools(200).filter(lambda case: case["normalize"]))
 def test_float32_keeps_four_digits(case: dict[str, Any]) -> None:
     case["features"] = case["features"].float().double()  # so that both read the same numbers
-    slack = 1e-6 * scale(case)
+    slack = 4e-6 * scale(case)
     for found, expected, roundings in zip(
         ours(case, "tiled", torch.float32), ours(case, "reference"), (slack, slack, slack / case["tau"]), strict=True
     ):

@@ -277,7 +277,7 @@ def test_the_best_model_is_that_of_the_first_highest_dev_score(cases: dict[str, 
     best = folder / "chosen" / "best"
     assert sorted(path.name for path in best.iterdir()) == ["model.json", "model.safetensors", "tokenizer"]
     description = json.loads((best / "model.json").read_text(encoding="utf-8"))
-    assert (description["info"]["step"], description["info"]["dev"]["weighted_f1"]) == (4, 0.6)
+    assert (description["info"]["step"], description["info"]["dev"]["macro_f1"]) == (4, 0.6)
     held = {name: tensor.numpy() for name, tensor in load_file(best / "model.safetensors").items()}
     assert largest_difference(held, trained.extra["at step 4"]) == 0
     assert largest_difference(held, trained.weights) > 1e-3, "the last model is another one"

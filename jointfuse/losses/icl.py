@@ -93,21 +93,22 @@ class _InterClassContrast(torch.autograd.Function):
         own = slice(start, start + n)
         mine = pool[own].to(tau.dtype)
         positive = torch.linalg.vecdot(sums[classes[own]] - mine, mine) / tau / partners[own].clamp_min(1)  # (n,)
-        ctx.save_for_backward(pool, classes, sums, tau, norms, g, w, every_lse, positive)
+        contrasts = positive - lse  # (n,), what is left of two large numbers
+        ctx.save_for_backward(pool, classes, sums, tau, norms, g, w, every_lse, contrasts)
         ctx.own, ctx.rows, ctx.ranks, ctx.kernels = own, rows, ranks, kernels
         sizes_of_pool = torch.stack([tau.new_tensor(len(pool)), tau.new_tensor(rows), number.to(tau.dtype)])
         outputs = torch.cat([sizes_of_pool, _pairs(pool, classes, counts, sums, rows)]), current, current_labels
         ctx.mark_non_differentiable(*outputs)
-        return ranks * torch.dot(g[own], lse - positive), *outputs
+        return -ranks * torch.dot(g[own], contrasts), *outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-        pool, classes, sums, tau, norms, g, w, lse, positive = ctx.saved_tensors
+        pool, classes, sums, tau, norms, g, w, lse, contrasts = ctx.saved_tensors
         own, n = ctx.own, ctx.own.stop - ctx.own.start
         scale = ctx.ranks * upstream / tau
         learnt = ctx.needs_input_grad[1]
-        gradient, expected = ctx.kernels.pull(pool, own.start, n, tau, lse, g, learnt)
+        gradient, entropy = ctx.kernels.pull(pool, own.start, n, tau, lse, g, learnt)
         z = pool[own].to(tau.dtype)
         # The second sum of the gradient, -sum_{j in P(i)} (w_i + w_j) z_j, the rows of a queue having w_j = 0.
         weighted = _class_sums(pool[: ctx.rows], classes[: ctx.rows], len(sums), tau.dtype, w[: ctx.rows])
@@ -118,7 +119,8 @@ class _InterClassContrast(torch.autograd.Function):
             gradient.addcmul_(radial, z, value=-1).div_(norms.clamp_min(NORM_FLOOR)).mul_(norms > NORM_FLOOR)
         tau_gradient = None
         if learnt:
-            tau_gradient = (torch.dot(g[own], positive - expected) * scale).reshape(tau.shape)
+            # sum_j p_ij s_ij is lse_i less the entropy of p_i.
+            tau_gradient = (torch.dot(g[own], contrasts + entropy) * scale).reshape(tau.shape)
         return gradient.to(pool.dtype), tau_gradient, None, None, None, None, None, None
 
 

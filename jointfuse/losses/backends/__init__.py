@@ -3,9 +3,9 @@
 Shapes: n own rows, K rows of the pool (own rows are pool[start : start + n]), D width.
 s_ij = pool_i . pool_j / tau, a row's similarity to itself left out; p_ij = exp(s_ij - lse_i).
 
-    log_sum_exp(pool, start, n, tau)                  -> (n,)                  lse_i = logsumexp_j s_ij
-    pull(pool, start, n, tau, lse, g, with_expected)  -> (n, D), (n,) or None  sum_j (g_i p_ij + g_j p_ji) pool_j,
-                                                                               sum_j p_ij s_ij
+    log_sum_exp(pool, start, n, tau)                 -> (n,)                  lse_i = logsumexp_j s_ij
+    pull(pool, start, n, tau, lse, g, with_entropy)  -> (n, D), (n,) or None  sum_j (g_i p_ij + g_j p_ji) pool_j,
+                                                                              -sum_j p_ij log p_ij
 
 pool is (K, D), tau (1,), lse and g (K,) for every row of the pool; float32 accumulation (float64 where the pool is
 float64), and float32 results for half-precision pools. A pool of one row has lse = -inf.

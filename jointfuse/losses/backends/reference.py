@@ -15,14 +15,15 @@ def log_sum_exp(pool: torch.Tensor, start: int, n: int, tau: torch.Tensor) -> to
 
 
 def pull(
-    pool: torch.Tensor, start: int, n: int, tau: torch.Tensor, lse: torch.Tensor, g: torch.Tensor, with_expected: bool
+    pool: torch.Tensor, start: int, n: int, tau: torch.Tensor, lse: torch.Tensor, g: torch.Tensor, with_entropy: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     pool, own = _precise(pool), slice(start, start + n)
     s = _similarities(pool, start, n, tau)
-    p = (s - lse[own, None]).exp()
+    log_p = s - lse[own, None]
+    p = log_p.exp()
     coefficients = g[own, None] * p + g * (s - lse).exp()
-    expected = (p * s.masked_fill(s.isneginf(), 0)).sum(dim=1) if with_expected else None
-    return coefficients @ pool, expected
+    entropy = -(p * log_p.masked_fill(s.isneginf(), 0)).sum(dim=1) if with_entropy else None
+    return coefficients @ pool, entropy
 
 
 def _precise(pool: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
+LEAST = -1e6  # of a logarithm whose probability is 0 in any precision: 0 times it is 0
 TILE = {"cpu": 1024, "cuda": 4096}  # rows and columns of similarities held at once
 
 
@@ -48,25 +49,26 @@ def log_sum_exp(pool: torch.Tensor, start: int, n: int, tau: torch.Tensor) -> to
 
 
 def pull(
-    pool: torch.Tensor, start: int, n: int, tau: torch.Tensor, lse: torch.Tensor, g: torch.Tensor, with_expected: bool
+    pool: torch.Tensor, start: int, n: int, tau: torch.Tensor, lse: torch.Tensor, g: torch.Tensor, with_entropy: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     pulled = tau.new_zeros(n, pool.shape[1])
-    expected = tau.new_zeros(n) if with_expected else None
+    entropy = tau.new_zeros(n) if with_entropy else None
     for i, j, s in _tiles(pool, start, n, tau):
         row, column = _from(i, start), _from(j, start)
         mirrored = _mirrored(i, j, start, n)
-        p = (s - lse[i, None]).exp_()
-        p_back = (s - lse[j]).exp_()
-        if expected is not None:
-            s.masked_fill_(s.isneginf(), 0)  # p is 0 there
-            expected[row] += torch.linalg.vecdot(p, s)
+        log_p, log_back = s - lse[i, None], s.sub_(lse[j])
+        if entropy is None:
+            p, p_back = log_p.exp_(), log_back.exp_()
+        else:
+            p, p_back = log_p.exp(), log_back.exp()
+            entropy[row] -= torch.linalg.vecdot(p, log_p.clamp_min_(LEAST))
             if mirrored:
-                expected[column] += torch.linalg.vecdot(p_back, s, dim=0)
+                entropy[column] -= torch.linalg.vecdot(p_back, log_back.clamp_min_(LEAST), dim=0)
         coefficients = p.mul_(g[i, None]).addcmul_(p_back, g[j])
         pulled[row].addmm_(coefficients, _precise(pool[j]))
         if mirrored:
             pulled[column].addmm_(coefficients.T, _precise(pool[i]))
-    return pulled, expected
+    return pulled, entropy
 
 
 def _from(rows: slice, start: int) -> slice:

@@ -67,10 +67,10 @@ def _log_sum_exp_kernel(
 
 @triton.jit
 def _coefficient_kernel(
-    pool, coefficients, expected, tau, lse, g, first_row, rows, K, columns,
-    D: tl.constexpr, WITH_EXPECTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    pool, coefficients, entropies, tau, lse, g, first_row, rows, K, columns,
+    D: tl.constexpr, WITH_ENTROPY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """c_ij of a panel of rows from first_row on, (rows, K); expected[column block, row]: parts of sum_j p_ij s_ij."""
+    """c_ij of a panel of rows from first_row on, (rows, K); entropies[column block, row]: parts of p_i's entropy."""
     # Neighbours in time share columns: a group of row blocks goes over the columns together.
     GROUP: tl.constexpr = 8
     row_blocks, program = tl.cdiv(rows, BM), tl.program_id(0)
@@ -84,14 +84,15 @@ def _coefficient_kernel(
     s = _products(pool, i, i_in, j, j_in, D, BM, BN, BD) / tl.load(tau)
     apart = i_in[:, None] & j_in[None, :] & (i[:, None] != j[None, :])
     s = tl.where(apart, s, float("-inf"))
-    p = tl.exp(s - tl.load(lse + i, mask=i_in, other=0.0)[:, None])
+    log_p = s - tl.load(lse + i, mask=i_in, other=0.0)[:, None]
+    p = tl.exp(log_p)
     p_back = tl.exp(s - tl.load(lse + j, mask=j_in, other=0.0)[None, :])
     c = tl.load(g + i, mask=i_in, other=0.0)[:, None] * p + tl.load(g + j, mask=j_in, other=0.0)[None, :] * p_back
     where = coefficients + row.to(tl.int64)[:, None] * K + j[None, :]
     tl.store(where, c.to(coefficients.dtype.element_ty), mask=i_in[:, None] & j_in[None, :])
-    if WITH_EXPECTED:
-        part = tl.sum(p * tl.where(apart, s, 0.0), axis=1)
-        tl.store(expected + column.to(tl.int64) * rows + row, part, mask=i_in)
+    if WITH_ENTROPY:
+        part = -tl.sum(p * tl.where(apart, log_p, 0.0), axis=1)
+        tl.store(entropies + column.to(tl.int64) * rows + row, part, mask=i_in)
 
 
 INTERPRETED = not isinstance(_products, triton.runtime.JITFunction)
@@ -158,11 +159,11 @@ def log_sum_exp(pool: torch.Tensor, start: int, n: int, tau: torch.Tensor) -> to
 
 
 def pull(
-    pool: torch.Tensor, start: int, n: int, tau: torch.Tensor, lse: torch.Tensor, g: torch.Tensor, with_expected: bool
+    pool: torch.Tensor, start: int, n: int, tau: torch.Tensor, lse: torch.Tensor, g: torch.Tensor, with_entropy: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     keys, width = pool.shape
     pulled = tau.new_empty(n, width)
-    expected = tau.new_empty(n) if with_expected else None
+    entropy = tau.new_empty(n) if with_entropy else None
     # g is 1 / counted anchors: float16 would lose it.
     raised = HALF_RANGE / g.max().clamp_min(1e-30) if pool.dtype == torch.float16 and keys else tau.new_ones(())
     g = g * raised
@@ -176,17 +177,17 @@ def pull(
             sizes: dict[str, int], first: int = first, rows: int = rows, panel: Any = coefficients, parts: Any = parts
         ) -> None:
             columns = triton.cdiv(keys, sizes["BN"])
-            parts[:] = [tau.new_empty(columns if with_expected else 0, rows)]
+            parts[:] = [tau.new_empty(columns if with_entropy else 0, rows)]
             _coefficient_kernel[(triton.cdiv(rows, sizes["BM"]) * columns,)](
                 pool, panel, parts[0], tau, lse, g, start + first, rows, keys, columns,
-                D=width, WITH_EXPECTED=with_expected, **sizes,
+                D=width, WITH_ENTROPY=with_entropy, **sizes,
             )  # fmt: skip
 
         _launch("coefficients", pool.dtype, width, run)
         pulled[first : first + rows] = _multiply(coefficients, pool)
-        if expected is not None:
-            expected[first : first + rows] = parts[0].sum(dim=0)
-    return pulled.div_(raised), expected
+        if entropy is not None:
+            entropy[first : first + rows] = parts[0].sum(dim=0)
+    return pulled.div_(raised), entropy
 
 
 def _multiply(coefficients: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
