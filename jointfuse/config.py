@@ -38,6 +38,25 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+class AugmentSettings(Settings):
+    """How training clips are varied, drawn anew for every utterance in every epoch. All of it is off unless set."""
+
+    speed: Share = Field(0.0, description="playback is up to this share slower or faster, pitch with it", le=0.5)
+    noise: tuple[float, float] | None = Field(None, description="white noise, at signal-to-noise ratios in dB")
+    gain: NotNegative = Field(0.0, description="up to so many dB softer or louder")
+    bin_masks: tuple[Count, Annotated[int, Field(gt=0, le=20)]] = Field(
+        (0, 12), description="how many bands of mel bins are set to the corpus mean, and the widest"
+    )
+    frame_masks: tuple[Count, Positive] = Field((0, 30), description="the same of frames; a quarter of a clip at most")
+
+    @field_validator("noise")
+    @classmethod
+    def _range_is_ordered(cls, noise: tuple[float, float] | None) -> tuple[float, float] | None:
+        if noise and not -20 <= noise[0] <= noise[1] <= 120:
+            raise ValueError("write [lowest, highest], each between -20 and 120 dB")
+        return noise
+
+
 class DataSettings(Settings):
     """What is read, and how much of each utterance."""
 
@@ -48,6 +67,7 @@ class DataSettings(Settings):
         "error", description="allow: a sample without clip or text goes through the modality it has"
     )
     workers: Count = Field(1, description="decoding processes a rank")
+    augment: AugmentSettings = AugmentSettings()
 
 
 class ScratchSettings(Settings):

@@ -1,7 +1,8 @@
 """From a plan and a corpus to batches: utterances read by offset, decoded in worker processes, in the plan's order."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from jointfuse.config import DataSettings
+from jointfuse.data.augment import Augmentation
 from jointfuse.data.batch import Batch, Example, collate
 from jointfuse.data.features import MEL_BINS, SAMPLE_RATE, log_mel
 from jointfuse.data.shards import Split
@@ -42,7 +44,14 @@ class UtteranceReader:
         self.split, self.settings, self.tokenizer, self.audio = split, settings, tokenizer, audio
         self.mel_mean, self.mel_deviation = mel_mean, mel_deviation
         self.max_samples = round(settings.max_seconds * SAMPLE_RATE)
+        self.augmentation: Augmentation | None = None
         self._require_modalities()
+
+    def augmented(self, augmentation: Augmentation) -> Self:
+        """The same utterances, their clips varied."""
+        reader = copy(self)
+        reader.augmentation = augmentation
+        return reader
 
     def _require_modalities(self) -> None:
         index = self.split.index
@@ -77,9 +86,19 @@ class UtteranceReader:
         mel, cut_audio = torch.empty(0, MEL_BINS), False
         if self.audio and utterance.waveform is not None:
             cut_audio = len(utterance.waveform) > self.max_samples
-            mel = log_mel(torch.from_numpy(utterance.waveform[: self.max_samples]))
-            mel = (mel - self.mel_mean) / self.mel_deviation
+            mel = self._mel(id, torch.from_numpy(utterance.waveform))
         return Example(id, tokens, mel, utterance.label, cut_tokens, cut_audio)
+
+    def _mel(self, id: int, waveform: torch.Tensor) -> torch.Tensor:
+        """(S,) -> (F, 80), normalised."""
+        if self.augmentation is None:
+            return self._normalised(log_mel(waveform[: self.max_samples]))
+        draws = self.augmentation.draws(id)
+        mel = log_mel(self.augmentation.waveform(waveform, draws)[: self.max_samples])
+        return self.augmentation.mask(self._normalised(mel), draws)
+
+    def _normalised(self, mel: torch.Tensor) -> torch.Tensor:
+        return (mel - self.mel_mean) / self.mel_deviation
 
     def batch(self, planned: Planned) -> Batch:
         ids, valid = planned

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jointfuse.config import Config, parse_interval
+from jointfuse.data.augment import Augmentation
 from jointfuse.data.batch import Batch
 from jointfuse.data.plan import Plan, micro_batches
 from jointfuse.data.shards import Corpus
@@ -187,7 +188,8 @@ class Trainer:
             mine = (micro_batches(part[row], self.world_size, self.rank, accumulation) for part in (ids, valid))
             planned += zip(*mine, strict=True)
         pin = self.device.type == "cuda"
-        batches = stream(self.train_reader, planned, self.config.data.workers, pin)
+        augmentation = Augmentation(self.config.data.augment, self.config.train.seed, self.position.epoch)
+        batches = stream(self.train_reader.augmented(augmentation), planned, self.config.data.workers, pin)
         for row in range(self.position.batch, len(ids)):
             yield int(valid[row].sum()), list(islice(batches, accumulation))
 

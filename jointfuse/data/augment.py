@@ -1,0 +1,51 @@
+"""Variants of training clips, drawn from (seed, epoch, id): the same on any rank, in any worker, resumed or not."""
+
+import numpy as np
+import torch
+import torchaudio.functional as F_audio
+
+from jointfuse.config import AugmentSettings
+
+SPEED_STEPS = 50  # speeds are multiples of 1 / 50: the resampling filters stay short
+
+
+class Augmentation:
+    """What happens to the clips of one epoch.
+
+    Args:
+        seed, epoch: of the run; with an utterance's id they decide everything that is drawn for it.
+    """
+
+    def __init__(self, settings: AugmentSettings, seed: int, epoch: int) -> None:
+        self.settings, self.seed, self.epoch = settings, seed, epoch
+
+    def draws(self, id: int) -> np.random.Generator:
+        """The random numbers of one utterance."""
+        # The plan's own numbers have the same key and the counters below 2^64.
+        return np.random.Generator(np.random.Philox(key=[self.seed, self.epoch], counter=[0, id + 1, 0, 0]))
+
+    def waveform(self, waveform: torch.Tensor, draws: np.random.Generator) -> torch.Tensor:
+        """(S,) -> (S',) float32: speed (and with it pitch; Ko et al. 2015), white noise, gain, in this order."""
+        settings = self.settings
+        if settings.speed:
+            furthest = round(settings.speed * SPEED_STEPS)
+            speed = SPEED_STEPS + int(draws.integers(-furthest, furthest, endpoint=True))
+            waveform = F_audio.resample(waveform, speed, SPEED_STEPS)
+        if settings.noise:
+            ratio = draws.uniform(*settings.noise)  # dB
+            noise = torch.from_numpy(draws.standard_normal(len(waveform), dtype=np.float32))
+            waveform = waveform + noise * waveform.square().mean().sqrt() * 10 ** (-ratio / 20)
+        if settings.gain:
+            waveform = waveform * 10 ** (draws.uniform(-settings.gain, settings.gain) / 20)
+        return waveform
+
+    def mask(self, mel: torch.Tensor, draws: np.random.Generator) -> torch.Tensor:
+        """(F, 80) normalised -> the same with bands of bins and of frames at the corpus mean (SpecAugment, Park et al.
+        2019). A mask takes a quarter of the bins or frames at most."""
+        mel = mel.clone()
+        for (masks, widest), axis in ((self.settings.bin_masks, mel.T), (self.settings.frame_masks, mel)):
+            for _ in range(masks):
+                width = int(draws.integers(min(widest, len(axis) // 4), endpoint=True))
+                start = int(draws.integers(len(axis) - width, endpoint=True))
+                axis[start : start + width] = 0
+        return mel
