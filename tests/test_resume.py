@@ -21,7 +21,7 @@ from training_fixtures import (
 __all__ = ["corpus", "recipe"]
 
 pytestmark = pytest.mark.required
-# bf16, dropout, varied clips, 3 micro-steps of 1 utterance a rank, decoding processes; test_zero.py: float32, all stages.
+# bf16, dropout, varied clips, 3 micro-steps of 1 utterance a rank, decoding processes; float32: test_zero.py.
 AUGMENT = "data.augment={speed: 0.1, noise: [10, 40], gain: 6, bin_masks: [2, 12], frame_masks: [2, 30]}"
 SETTINGS = (*DROPOUT, AUGMENT, "train.micro_batch=1", "train.steps=7", "train.save_every=2 steps")
 NAMES = ("zero0_bf16", "zero1_bf16")
