@@ -3,12 +3,11 @@
 Parameters are taken from the modules; nothing of their forward passes is used.
 """
 
-from typing import Any
-
 import torch
 from torch.nn.functional import gelu, layer_norm
 
 from jointfuse.model.joint import JointBlock
+from jointfuse.model.layers import Layer
 from jointfuse.model.network import Network
 
 Parameters = dict[str, torch.Tensor]
@@ -32,40 +31,40 @@ def attention(
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)
 
 
-def bert_layer(layer: Any, rows: torch.Tensor, mask: torch.Tensor, heads: int) -> torch.Tensor:
-    p = dict(layer.named_parameters())
-    q, k, v = (linear(p, f"attention.self.{name}", rows) for name in ("query", "key", "value"))
-    attended = linear(p, "attention.output.dense", attention(q, k, v, heads, mask))
-    rows = norm(p, "attention.output.LayerNorm", rows + attended, 1e-12)
-    inner = linear(p, "output.dense", gelu(linear(p, "intermediate.dense", rows)))
-    return norm(p, "output.LayerNorm", rows + inner, 1e-12)
+def projected(p: Parameters, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of all heads, each (B, S, D)."""
+    return linear(p, "query", rows), *linear(p, "key_value", rows).chunk(2, dim=-1)
 
 
-def mpnet_layer(
-    layer: Any, rows: torch.Tensor, mask: torch.Tensor, heads: int, embedding: torch.Tensor, joint: int
+def bert_layer(
+    layer: Layer, rows: torch.Tensor, mask: torch.Tensor, heads: int, bias: torch.Tensor | float = 0.0
 ) -> torch.Tensor:
-    """embedding (32, heads): the bias of each bucket of distances; those up to 7 have a bucket of their own."""
+    p = dict(layer.named_parameters())
+    attended = linear(p, "out.0", attention(*projected(p, rows), heads, mask, bias))
+    rows = norm(p, "norm1", rows + attended, 1e-12)
+    inner = linear(p, "mlp.2", gelu(linear(p, "mlp.0", rows)))
+    return norm(p, "norm2", rows + inner, 1e-12)
+
+
+def mpnet_layer(layer: Layer, rows: torch.Tensor, mask: torch.Tensor, heads: int, joint: int) -> torch.Tensor:
+    """The bias of each distance between tokens is one of 32; those up to 7 have one of their own."""
+    assert layer.relative_bias is not None
+    embedding = layer.relative_bias.weight  # (32, heads)
     text = rows.shape[1] - joint
     assert text <= 8, "farther apart, several distances share a bucket"
     bias = embedding.new_zeros(heads, rows.shape[1], rows.shape[1])
     for query in range(text):
         for key in range(text):
             bias[:, query, key] = embedding[key - query + 16 if key > query else query - key]
+    return bert_layer(layer, rows, mask, heads, bias)
+
+
+def vit_block(layer: Layer, rows: torch.Tensor, mask: torch.Tensor, heads: int) -> torch.Tensor:
     p = dict(layer.named_parameters())
-    q, k, v = (linear(p, f"attention.attn.{name}", rows) for name in "qkv")
-    attended = linear(p, "attention.attn.o", attention(q, k, v, heads, mask, bias))
-    rows = norm(p, "attention.LayerNorm", rows + attended, 1e-12)
-    inner = linear(p, "output.dense", gelu(linear(p, "intermediate.dense", rows)))
-    return norm(p, "output.LayerNorm", rows + inner, 1e-12)
-
-
-def vit_block(block: Any, rows: torch.Tensor, mask: torch.Tensor, heads: int) -> torch.Tensor:
-    p = dict(block.named_parameters())
-    q, k, v = linear(p, "attn.qkv", norm(p, "norm1", rows, 1e-6)).chunk(3, dim=-1)
-    attended = linear(p, "attn.proj", attention(q, k, v, heads, mask))
-    rows = rows + attended * p.get("ls1.gamma", 1.0)
-    inner = linear(p, "mlp.fc2", gelu(linear(p, "mlp.fc1", norm(p, "norm2", rows, 1e-6))))
-    return rows + inner * p.get("ls2.gamma", 1.0)
+    attended = linear(p, "out.1", attention(*projected(p, norm(p, "norm1", rows, 1e-6)), heads, mask))
+    rows = rows + attended * p.get("out.3.gamma", 1.0)
+    inner = linear(p, "mlp.0.fc2", gelu(linear(p, "mlp.0.fc1", norm(p, "norm2", rows, 1e-6))))
+    return rows + inner * p.get("mlp.1.gamma", 1.0)
 
 
 def joint_block(
@@ -83,13 +82,12 @@ def joint_block(
 
     def ltrans(features: torch.Tensor, joint: torch.Tensor | None) -> torch.Tensor:
         rows, mask = together(features, t_mask, joint)
-        bias = block.language.relative_bias
-        if bias is None:
-            return bert_layer(block.language.layer, rows, mask, t_heads)
-        return mpnet_layer(block.language.layer, rows, mask, t_heads, bias.weight, rows.shape[1] - features.shape[1])
+        if block.language.relative_bias is None:
+            return bert_layer(block.language, rows, mask, t_heads)
+        return mpnet_layer(block.language, rows, mask, t_heads, rows.shape[1] - features.shape[1])
 
     def vtrans(features: torch.Tensor, joint: torch.Tensor | None) -> torch.Tensor:
-        return vit_block(block.vision.block, *together(features, m_mask, joint), m_heads)
+        return vit_block(block.vision, *together(features, m_mask, joint), m_heads)
 
     if not count:
         return ltrans(t, None), vtrans(m, None)

@@ -20,7 +20,7 @@ from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
 from jointfuse.model.backbones import language_backbone, pretrained_tokenizer, vision_backbone
 from jointfuse.model.export import load_model, save_model
-from jointfuse.model.layers import LANGUAGE_FAMILIES, VisionLayer, language_layers
+from jointfuse.model.layers import LANGUAGE_FAMILIES, language_layers, vision_layers
 from jointfuse.model.network import MelInput, Network, TextInput
 
 SETTING = "model.language.weights"
@@ -133,15 +133,12 @@ def test_sixteen_bit_checkpoints_become_float32(tmp_path: Path) -> None:
 def test_mpnets_bias_is_zero_for_joint_vectors_and_its_own_for_text(tmp_path: Path) -> None:
     original = save_language(tmp_path / "mpnet", "mpnet")
     layer = language_layers(language_of(tmp_path / "mpnet"))[0]
-    rows, mask = torch.randn(2, 9, 12), torch.ones(2, 9, dtype=torch.bool)
-    bias = original.encoder.compute_position_bias(rows[:, :6])[:1]
-    with_joint = layer._position_bias(rows, 3)
-    torch.testing.assert_close(with_joint[..., :6, :6], bias)
-    assert (with_joint[..., 6:, :] == 0).all()
-    assert (with_joint[..., :, 6:] == 0).all()
-    # So the order of joint vectors does not matter to the text.
-    swapped = rows[:, [0, 1, 2, 3, 4, 5, 8, 7, 6]]
-    torch.testing.assert_close(layer(rows, mask, 3)[:, :6], layer(swapped, mask, 3)[:, :6])
+    bias = original.encoder.compute_position_bias(torch.randn(2, 60, 12))[:1]
+    for queries in (60, 1):
+        with_joint = layer.position_bias(queries, 60, joint=3)
+        torch.testing.assert_close(with_joint[..., :60], bias[..., :queries, :])
+        assert with_joint.shape[-2:] == (queries, 63)
+        assert (with_joint[..., 60:] == 0).all()
 
 
 def test_a_language_description_rebuilds_the_encoder_without_its_folder(tmp_path: Path) -> None:
@@ -179,11 +176,11 @@ def test_other_families_are_refused_by_name(family: str, tmp_path: Path) -> None
 
 
 def forward(vit: Any, mel: torch.Tensor) -> torch.Tensor:
-    """MelInput, VisionLayers and the final norm, nothing padded."""
+    """MelInput, the layers and the final norm, nothing padded."""
     rows, mask = MelInput(vit)(mel, torch.full((len(mel),), mel.shape[1]))
     assert mask.all()
-    for block in vit.blocks:
-        rows = VisionLayer(block)(rows, mask)
+    for layer in vision_layers(vit):
+        rows = layer(rows, mask)
     return vit.norm(rows)
 
 
@@ -379,8 +376,8 @@ def test_stem_and_fused_layers_are_the_ones_asked_for(
     }
     network = Network(pretrained_settings(checkpoints, **changes), 2, 48, MAX_SECONDS)
     for kind, name, own in (
-        ("language", "encoder.layer.{}.output.dense.weight", "layer.output.dense.weight"),
-        ("vision", "blocks.{}.mlp.fc1.weight", "block.mlp.fc1.weight"),
+        ("language", "encoder.layer.{}.output.dense.weight", "mlp.2.weight"),
+        ("vision", "blocks.{}.mlp.fc1.weight", "mlp.0.fc1.weight"),
     ):
         saved = load_file(checkpoints / kind / "model.safetensors")
 

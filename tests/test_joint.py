@@ -10,7 +10,7 @@ from helpers import gradients, stir
 from transformers import AutoConfig, AutoModel
 
 from jointfuse.model.joint import JointBlock
-from jointfuse.model.layers import VisionLayer, language_layers
+from jointfuse.model.layers import language_layers, vision_layers
 
 D_T, T_HEADS, D_M, M_HEADS = 12, 3, 8, 2
 
@@ -39,7 +39,8 @@ def vision(layer_scale: bool) -> Any:
 def make_block(joint_vectors: int, family: str = "bert", layer_scale: bool = False) -> JointBlock:
     torch.manual_seed(1)
     (lt,) = language_layers(language(family))
-    block = JointBlock(lt, VisionLayer(vision(layer_scale).blocks[0]), D_T, D_M, joint_vectors).double().eval()
+    (vt,) = vision_layers(vision(layer_scale))
+    block = JointBlock(lt, vt, D_T, D_M, joint_vectors).double().eval()
     stir(block, 0.3)
     return block
 

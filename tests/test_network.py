@@ -373,8 +373,8 @@ def test_every_parameter_belongs_to_a_part_and_every_part_has_parameters() -> No
     assert found == set(get_args(Part)) - {"temperature"}
     assert part_of("vision_norm.weight", "both") == "vision"
     assert part_of("blocks.1.v", "both") == "joint"
-    assert part_of("blocks.1.layer.output.dense.weight", "text") == "language"
-    assert part_of("blocks.1.block.mlp.fc1.weight", "audio") == "vision"
+    assert part_of("blocks.1.out.0.weight", "text") == "language"
+    assert part_of("blocks.1.mlp.0.fc1.weight", "audio") == "vision"
 
 
 @pytest.mark.parametrize("icl_weight", [0.0, 0.5])

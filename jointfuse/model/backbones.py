@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from jointfuse.config import BackboneSettings, VisionSettings
 from jointfuse.errors import UserError
-from jointfuse.model.layers import require_language_family
+from jointfuse.model.layers import require_language_family, serves
 
 Description = dict[str, Any]
 
@@ -159,7 +159,7 @@ def vision_backbone(
         raise UserError(_cannot_serve(settings.weights, timm.create_model(name, pretrained=False))) from error
     except Exception as error:  # timm, the hub and their transports raise kinds of their own
         raise UserError(_unavailable(settings.weights, setting, error)) from error
-    if type(model) is not VisionTransformer or not model.has_class_token or model.pos_embed is None:
+    if not serves(model):
         raise UserError(_cannot_serve(settings.weights, model))
     architecture = model.pretrained_cfg.get("architecture") or settings.weights
     # A folder or hub repository may change its architecture's widths and depth: those are arguments too.

@@ -1,12 +1,18 @@
-"""The joint-fusion block: equations (1) to (4) of arXiv 2405.17900.
+"""The joint-fusion block: equations (1) to (4) of arXiv 2405.17900, each stream projected once.
 
 Shapes: B utterances, T text tokens, P mel patches, J joint vectors, d_t and d_m the widths of text and audio.
+
+    (_, v^) = VTrans( m (+) v )        (1)        (t', _) = LTrans( t (+) f(v^) )        (2)
+    (_, u^) = LTrans( t (+) u )        (3)        (m', _) = VTrans( m (+) g(u^) )        (4)
+
+(1) and (3) give only joint rows, (2) and (4) only feature rows, and both meet the same features with the same weights:
+so the features' queries, keys and values are made once, and only the rows that are used go through the rest of a layer.
 """
 
 import torch
 from torch import nn
 
-from jointfuse.model.layers import LanguageLayer, VisionLayer
+from jointfuse.model.layers import Layer
 
 
 class JointBlock(nn.Module):
@@ -19,7 +25,7 @@ class JointBlock(nn.Module):
         joint_vectors: J; with 0 the block is its two layers, side by side.
     """
 
-    def __init__(self, language: LanguageLayer, vision: VisionLayer, d_t: int, d_m: int, joint_vectors: int) -> None:
+    def __init__(self, language: Layer, vision: Layer, d_t: int, d_m: int, joint_vectors: int) -> None:
         super().__init__()
         self.language = language
         self.vision = vision
@@ -31,27 +37,42 @@ class JointBlock(nn.Module):
             self.g = nn.Sequential(nn.Linear(d_t, d_m), nn.GELU(), nn.Linear(d_m, d_m))
 
     def forward(
-        self, t: torch.Tensor, t_mask: torch.Tensor, m: torch.Tensor, m_mask: torch.Tensor
+        self, t: torch.Tensor, t_mask: torch.Tensor, m: torch.Tensor, m_mask: torch.Tensor, cls_only: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """t (B, 1+T, d_t), m (B, 1+P, d_m), masks (B, 1+T) and (B, 1+P) bool -> t', m' of the same shapes."""
+        """t (B, 1+T, d_t), m (B, 1+P, d_m), masks (B, 1+T) and (B, 1+P) bool -> t', m' of the same shapes, or of [CLS]
+        alone, (B, 1, d_t) and (B, 1, d_m)."""
         if not self.joint_vectors:
-            return self.language(t, t_mask), self.vision(m, m_mask)
-        v_hat = self._joint_rows(self.vision, m, m_mask, self.v.expand(len(m), -1, -1))  # (1) audio is asked
-        t_next = self._feature_rows(self.language, t, t_mask, self.f(v_hat))  # (2) text receives the answer
-        u_hat = self._joint_rows(self.language, t, t_mask, self.u.expand(len(t), -1, -1))  # (3) text is asked
-        m_next = self._feature_rows(self.vision, m, m_mask, self.g(u_hat))  # (4) audio receives the answer
-        return t_next, m_next
+            return self.language(t, t_mask, cls_only), self.vision(m, m_mask, cls_only)
+        text = _Stream(self.language, t, t_mask, cls_only)
+        audio = _Stream(self.vision, m, m_mask, cls_only)
+        v_hat = audio.asked_by(self.v)  # (1)
+        u_hat = text.asked_by(self.u)  # (3)
+        return text.answered(self.f(v_hat)), audio.answered(self.g(u_hat))  # (2), (4)
 
-    def _joint_rows(
-        self, layer: nn.Module, rows: torch.Tensor, mask: torch.Tensor, joint: torch.Tensor
+
+class _Stream:
+    """One stream in one block: its rows are projected once for both passes."""
+
+    def __init__(self, layer: Layer, rows: torch.Tensor, mask: torch.Tensor, cls_only: bool) -> None:
+        self.layer, self.rows, self.mask = layer, rows, mask
+        self.queries = 1 if cls_only else rows.shape[1]
+        self.q, self.k, self.v = layer.project(rows, self.queries)
+
+    def asked_by(self, joint: torch.Tensor) -> torch.Tensor:
+        """The joint rows of (1) or (3): joint (J, D), the same for every utterance -> (B, J, D)."""
+        rows = joint[None]
+        q, k, v = (part.expand(len(self.rows), -1, -1, -1) for part in self.layer.project(rows, len(joint)))
+        return self.layer.finish(rows, self._attend(q, k, v))
+
+    def answered(self, joint: torch.Tensor) -> torch.Tensor:
+        """The feature rows of (2) or (4): joint (B, J, D) -> (B, queries, D)."""
+        bias = self.layer.position_bias(self.queries, self.rows.shape[1], joint.shape[1])
+        attended = self._attend(self.q, *self.layer.keys(joint), bias)
+        return self.layer.finish(self.rows[:, : self.queries], attended)
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return self._together(layer, rows, mask, joint)[:, rows.shape[1] :]
-
-    def _feature_rows(
-        self, layer: nn.Module, rows: torch.Tensor, mask: torch.Tensor, joint: torch.Tensor
-    ) -> torch.Tensor:
-        return self._together(layer, rows, mask, joint)[:, : rows.shape[1]]
-
-    def _together(self, layer: nn.Module, rows: torch.Tensor, mask: torch.Tensor, joint: torch.Tensor) -> torch.Tensor:
-        unmasked = mask.new_ones(len(rows), self.joint_vectors)
-        return layer(torch.cat([rows, joint], dim=1), torch.cat([mask, unmasked], dim=1), self.joint_vectors)
+        """Queries to this stream's keys and those of joint vectors, which are never masked."""
+        mask = nn.functional.pad(self.mask, (0, k.shape[2]), value=True)
+        return self.layer.attend(q, torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2), mask, bias)

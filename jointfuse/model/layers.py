@@ -1,12 +1,15 @@
-"""Transformer layers of other libraries behind one call: rows and a mask in, rows out.
+"""Transformer layers of other libraries, taken apart behind one interface.
 
-Shapes: B utterances, S positions, J joint vectors (the last positions of a sequence that has them), D width.
+Shapes: B utterances, S positions, D width.
 """
 
 import copy
 from typing import Any
 
 import torch
+from timm.layers import Attention
+from timm.models import VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
@@ -32,52 +35,162 @@ def longest_text(config: PretrainedConfig) -> int:
     return config.max_position_embeddings - offset
 
 
-class LanguageLayer(nn.Module):
-    """One layer of a transformers encoder (LTrans). Joint vectors have no position: MPNet's bias is 0 for them."""
+class Layer(nn.Module):
+    """A pretrained transformer layer taken apart, so that its projections can serve more than one pass:
+    `project` -> `attend` -> `finish`. `forward` is the original layer.
 
-    def __init__(self, layer: nn.Module, relative_bias: nn.Embedding | None = None) -> None:
+    Made by `language_layers` and `vision_layers`, which hand over the original's own modules.
+    """
+
+    def __init__(
+        self,
+        *,
+        heads: int,
+        pre_norm: bool,
+        query: nn.Module,
+        key_value: nn.Module,
+        attention_dropout: float,
+        out: nn.Module,
+        norm1: nn.Module,
+        mlp: nn.Module,
+        norm2: nn.Module,
+        query_norm: nn.Module | None = None,
+        key_norm: nn.Module | None = None,
+        relative_bias: nn.Embedding | None = None,
+    ) -> None:
         super().__init__()
-        self.layer = layer
-        self.relative_bias = copy.deepcopy(relative_bias)
+        self.heads, self.pre_norm, self.attention_dropout = heads, pre_norm, attention_dropout
+        self.query, self.key_value, self.query_norm, self.key_norm = query, key_value, query_norm, key_norm
+        self.out, self.norm1, self.mlp, self.norm2 = out, norm1, mlp, norm2
+        self.relative_bias = relative_bias
+        self.training = query.training
 
-    def forward(self, rows: torch.Tensor, mask: torch.Tensor, joint: int = 0) -> torch.Tensor:
-        """rows (B, S, D), mask (B, S) bool with true for real positions, the last `joint` of S being joint vectors."""
-        keys = mask[:, None, None, :]
+    def forward(self, rows: torch.Tensor, mask: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
+        """rows (B, S, D), mask (B, S) bool with true for real positions -> (B, S, D), or (B, 1, D) of [CLS] alone."""
+        queries = 1 if cls_only else rows.shape[1]
+        q, k, v = self.project(rows, queries)
+        return self.finish(rows[:, :queries], self.attend(q, k, v, mask, self.position_bias(queries, rows.shape[1])))
+
+    def project(self, rows: torch.Tensor, queries: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """rows (B, S, D) -> queries of the first rows, keys and values of all, (B, heads, ..., D / heads)."""
+        rows = self._normed(rows)
+        q = self.query(rows[:, :queries]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return self.query_norm(q) if self.query_norm else q, *self._keys(rows)
+
+    def keys(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """rows (B, S, D) -> keys and values, (B, heads, S, D / heads)."""
+        return self._keys(self._normed(rows))
+
+    def _normed(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.norm1(rows) if self.pre_norm else rows
+
+    def _keys(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = self.key_value(rows).unflatten(-1, (2, self.heads, -1)).transpose(1, 3).unbind(2)
+        return self.key_norm(k) if self.key_norm else k, v
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """q (B, heads, Q, d), k and v (B, heads, K, d), mask (B, K) bool, bias (1, heads, Q, K) -> (B, Q, heads d)."""
+        allowed = mask[:, None, None, :]
+        if bias is not None:
+            allowed = bias.masked_fill(~allowed, -torch.inf)
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+        return attended.transpose(1, 2).flatten(2)
+
+    def finish(self, rows: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """What the layer makes of its input rows (B, S, D) and what they attended to (B, S, D)."""
+        if self.pre_norm:
+            rows = rows + self.out(attended)
+            return rows + self.mlp(self.norm2(rows))
+        rows = self.norm1(rows + self.out(attended))
+        return self.norm2(rows + self.mlp(rows))
+
+    def position_bias(self, queries: int, keys: int, joint: int = 0) -> torch.Tensor | None:
+        """(1, heads, queries, keys + joint) where the layer has relative positions, which joint vectors have not."""
         if self.relative_bias is None:
-            out = self.layer(rows, keys)
-        else:
-            additive = torch.zeros_like(keys, dtype=rows.dtype).masked_fill(~keys, torch.finfo(rows.dtype).min)
-            out = self.layer(rows, additive, self._position_bias(rows, joint))
-        return out[0] if isinstance(out, tuple) else out
-
-    def _position_bias(self, rows: torch.Tensor, joint: int) -> torch.Tensor:
+            return None
         from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
-        assert self.relative_bias is not None
-        text = rows.shape[1] - joint
-        place = torch.arange(text, device=rows.device)
-        bucket = MPNetEncoder.relative_position_bucket(place[None] - place[:, None])
-        bias = self.relative_bias(bucket).permute(2, 0, 1)[None]  # (1, heads, T, T)
-        return nn.functional.pad(bias, (0, joint, 0, joint))
+        place = torch.arange(keys, device=self.relative_bias.weight.device)
+        bucket = MPNetEncoder.relative_position_bucket(place[None] - place[:queries, None])
+        bias = self.relative_bias(bucket).permute(2, 0, 1)[None]
+        return nn.functional.pad(bias, (0, joint))
 
 
-class VisionLayer(nn.Module):
-    """One block of a timm VisionTransformer (VTrans)."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, rows: torch.Tensor, mask: torch.Tensor, joint: int = 0) -> torch.Tensor:
-        """rows (B, S, D), mask (B, S) bool with true for real positions; `joint` changes nothing: a ViT block has no
-        positions of its own."""
-        return self.block(rows, attn_mask=mask[:, None, None, :])
-
-
-def language_layers(model: nn.Module) -> list[LanguageLayer]:
+def language_layers(model: nn.Module) -> list[Layer]:
     """The layers of a transformers encoder of a family in LANGUAGE_FAMILIES."""
     encoder: Any = model.encoder
-    return [LanguageLayer(layer, getattr(encoder, "relative_attention_bias", None)) for layer in encoder.layer]
+    relative_bias = getattr(encoder, "relative_attention_bias", None)
+    return [_language_layer(layer, relative_bias) for layer in encoder.layer]
+
+
+def _language_layer(layer: Any, relative_bias: nn.Embedding | None) -> Layer:
+    if relative_bias is None:
+        inner, outer = layer.attention.self, layer.attention.output
+        query, key, value, out = inner.query, inner.key, inner.value, outer.dense
+    else:
+        inner, outer = layer.attention.attn, layer.attention
+        query, key, value, out = inner.q, inner.k, inner.v, inner.o
+    return Layer(
+        heads=inner.num_attention_heads,
+        pre_norm=False,
+        query=query,
+        key_value=_linear(torch.cat([key.weight, value.weight]), torch.cat([key.bias, value.bias])),
+        attention_dropout=inner.dropout.p,
+        out=nn.Sequential(out, outer.dropout),
+        norm1=outer.LayerNorm,
+        mlp=nn.Sequential(
+            layer.intermediate.dense, layer.intermediate.intermediate_act_fn, layer.output.dense, layer.output.dropout
+        ),
+        norm2=layer.output.LayerNorm,
+        relative_bias=copy.deepcopy(relative_bias),
+    )
+
+
+def vision_layers(model: Any) -> list[Layer]:
+    """The blocks of a timm VisionTransformer that `serves`."""
+    return [_vision_layer(block) for block in model.blocks]
+
+
+def _vision_layer(block: Any) -> Layer:
+    attention = block.attn
+    weight, bias, width = attention.qkv.weight, attention.qkv.bias, attention.attn_dim
+    return Layer(
+        heads=attention.num_heads,
+        pre_norm=True,
+        query=_linear(weight[:width], None if bias is None else bias[:width]),
+        key_value=_linear(weight[width:], None if bias is None else bias[width:]),
+        query_norm=attention.q_norm,
+        key_norm=attention.k_norm,
+        attention_dropout=attention.attn_drop.p,
+        out=nn.Sequential(attention.norm, attention.proj, attention.proj_drop, block.ls1, block.drop_path1),
+        norm1=block.norm1,
+        mlp=nn.Sequential(block.mlp, block.ls2, block.drop_path2),
+        norm2=block.norm2,
+    )
+
+
+def serves(model: Any) -> bool:
+    """Whether a timm model is a VisionTransformer of ordinary blocks with a class token and learned positions."""
+    if type(model) is not VisionTransformer or not model.has_class_token or model.pos_embed is None:
+        return False
+    return all(type(block) is Block and type(block.attn) is Attention and not block.attn.gate for block in model.blocks)
+
+
+@torch.no_grad()
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    linear = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    linear.weight.copy_(weight)
+    if bias is not None:
+        linear.bias.copy_(bias)
+    return linear
 
 
 class Extractor(nn.Module):

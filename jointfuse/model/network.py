@@ -16,7 +16,7 @@ from jointfuse.data.features import FRAMES_PER_SECOND
 from jointfuse.errors import UserError
 from jointfuse.model.backbones import Description, language_backbone, vision_backbone
 from jointfuse.model.joint import JointBlock
-from jointfuse.model.layers import Extractor, LanguageLayer, VisionLayer, language_layers, longest_text
+from jointfuse.model.layers import Extractor, Layer, language_layers, longest_text, vision_layers
 
 
 class TextInput(nn.Module):
@@ -102,8 +102,8 @@ class Network(nn.Module):
         known = descriptions or {}
         self.reads_text, self.reads_audio = settings.modality != "audio", settings.modality != "text"
         blocks, d_t, d_m = settings.blocks, 0, 0
-        language: list[LanguageLayer] = []
-        vision: list[VisionLayer] = []
+        language: list[Layer] = []
+        vision: list[Layer] = []
         if self.reads_text:
             encoder, self.descriptions["text_encoder"] = language_backbone(
                 settings.text_encoder, "model.text_encoder.weights", tokenizer_size, known.get("text_encoder")
@@ -139,8 +139,7 @@ class Network(nn.Module):
             vit, self.descriptions["vision"] = vision_backbone(settings.vision, frames, known.get("vision"))
             d_m = vit.embed_dim
             self.vision_embed = MelInput(vit)
-            layers = [VisionLayer(block) for block in vit.blocks]
-            vision_stem, vision = _choose(layers, settings.vision, blocks, "model.vision")
+            vision_stem, vision = _choose(vision_layers(vit), settings.vision, blocks, "model.vision")
             self.vision_stem = nn.ModuleList(vision_stem)
             self.vision_norm = vit.norm
         if settings.modality == "both":
@@ -169,8 +168,8 @@ class Network(nn.Module):
         if text and audio:
             return self._fused(*text, *audio)
         rows, mask, _ = text or audio  # type: ignore[misc]
-        for layer in self.blocks:
-            rows = self._run(layer, rows, mask)
+        for number, layer in enumerate(self.blocks, start=1):
+            rows = self._run(layer, rows, mask, number == len(self.blocks))
         head = self.text_head or self.audio_head
         assert head is not None
         cls = rows[:, 0] if text else self.vision_norm(rows[:, 0])
@@ -190,7 +189,7 @@ class Network(nn.Module):
         for number, block in enumerate(self.blocks):
             if number and self.settings.routing == "literal":
                 t, t_mask, t_present, m, m_mask, m_present = m, m_mask, m_present, t, t_mask, t_present
-            t, m = self._run(block, t, t_mask, m, m_mask)
+            t, m = self._run(block, t, t_mask, m, m_mask, number + 1 == len(self.blocks))
         t_cls, m_cls = t[:, 0], self.vision_norm(m[:, 0])
         # (5): the mean of two heads, over the modalities an utterance has.
         has_t, has_m = t_present[:, None].float(), m_present[:, None].float()
@@ -219,7 +218,7 @@ class Network(nn.Module):
             rows = self._run(layer, rows, mask)
         return rows, mask, batch.frames > 0
 
-    def _run(self, layer: nn.Module, *inputs: torch.Tensor) -> Any:
+    def _run(self, layer: nn.Module, *inputs: torch.Tensor | bool) -> Any:
         if self.checkpointing and self.training and torch.is_grad_enabled() and _trains(layer):
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
