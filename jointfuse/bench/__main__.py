@@ -1,4 +1,4 @@
-"""python -m jointfuse.bench icl"""
+"""python -m jointfuse.bench icl | block"""
 
 import sys
 from pathlib import Path
@@ -32,7 +32,28 @@ def icl(
     """The contrastive loss, forward and backward: time, memory above the features, share of the matmul rate."""
     from jointfuse.bench.icl import benchmark_icl
 
-    benchmark_icl(rows, width, dtype, repeats, ranks, only, out, Console(width=None if sys.stdout.isatty() else 130))
+    benchmark_icl(rows, width, dtype, repeats, ranks, only, out, _console())
+
+
+@app.command()
+def block(
+    batch: Annotated[int, typer.Option(min=1, help="utterances B")] = 8,
+    patches: Annotated[int, typer.Option(min=1, help="mel patches P")] = 310,
+    tokens: Annotated[int, typer.Option(min=1, help="text tokens T")] = 24,
+    width: Annotated[int, typer.Option(min=64, help="of both streams, in heads of 64")] = 768,
+    joint_vectors: Annotated[int, typer.Option(min=1, help="J")] = 4,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    repeats: Annotated[int, typer.Option(min=1, help="rounds; the fastest of each form counts")] = 5,
+    out: Annotated[Path | None, typer.Option(help="result file; build/bench/block-DEVICE.json unless set")] = None,
+) -> None:
+    """The joint-fusion block in one pass a stream, beside its literal two-pass form."""
+    from jointfuse.bench.block import benchmark_block
+
+    benchmark_block(batch, patches, tokens, width, joint_vectors, dtype, repeats, out, _console())
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 130)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch.nn.functional import normalize
 
 from jointfuse.bench.device import Collectives, device, device_name, matmul_rate, peak_bytes, seconds
+from jointfuse.bench.result import write_result
 from jointfuse.errors import UserError
 from jointfuse.losses import inter_class_contrastive_loss
 
@@ -170,20 +171,8 @@ def benchmark_icl(
                 cell.share_of_matmul = 6 * k**2 * d / ranks / cell.seconds / rate
         console.print(_table(measured, k, d, ranks))
         cells += measured
-    result = {
-        "device": device_name(),
-        "torch": torch.__version__,
-        "precision": precision,
-        "ranks": ranks,
-        "matmul_flops": rate,
-        "cells": [asdict(cell) for cell in cells],
-    }
-    name = "".join(c if c.isalnum() else "-" for c in device_name()).strip("-")
-    path = out or Path("build/bench") / f"icl-{name}{f'-{ranks}-ranks' if ranks > 1 else ''}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    console.print(f"written to {path}", highlight=False)
-    return result
+    figures = {"precision": precision, "ranks": ranks, "matmul_flops": rate, "cells": [asdict(cell) for cell in cells]}
+    return write_result(f"icl-{ranks}-ranks" if ranks > 1 else "icl", figures, out, console)
 
 
 def _inputs(k: int, d: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
