@@ -81,6 +81,7 @@ VITS = {
     "registers": {"reg_tokens": 2, "init_values": 0.3},
     "registers outside the positions": {"reg_tokens": 2, "no_embed_class": True},
     "norm before the blocks": {"pre_norm": True},
+    "normed queries and keys": {"qk_norm": True},
 }
 
 

@@ -79,7 +79,7 @@ def result_and_gradients(block: JointBlock, given: dict[str, torch.Tensor], forw
 
 @pytest.mark.parametrize("layer_scale", [False, True])
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
-@pytest.mark.parametrize("joint_vectors", [0, 1, 4])
+@pytest.mark.parametrize("joint_vectors", [0, 1, 4, 32])
 def test_a_block_and_all_its_gradients_are_equations_1_to_4(joint_vectors: int, family: str, layer_scale: bool) -> None:
     block, given = make_block(joint_vectors, family, layer_scale), inputs()
     found = result_and_gradients(block, given, lambda: block(**given))
@@ -88,6 +88,20 @@ def test_a_block_and_all_its_gradients_are_equations_1_to_4(joint_vectors: int, 
     )
     assert found.keys() == expected.keys()
     assert len(found) == 4 + len(list(block.parameters()))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-10, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+@pytest.mark.parametrize("joint_vectors", [0, 4])
+def test_a_block_of_cls_alone_and_its_gradients_are_those_of_the_whole_ones_cls(
+    joint_vectors: int, family: str
+) -> None:
+    block, given = make_block(joint_vectors, family), inputs()
+    first = {"t_mask": given["t_mask"][:, :1], "m_mask": given["m_mask"][:, :1]}
+    found = result_and_gradients(block, given | first, lambda: block(**given, cls_only=True))
+    expected = result_and_gradients(block, given | first, lambda: [rows[:, :1] for rows in block(**given)])
+    assert found["t"].shape[1] == found["m"].shape[1] == 1
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-10, msg=lambda text, n=name: f"{n}: {text}")
 

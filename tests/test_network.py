@@ -55,10 +55,11 @@ def score(logits: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("routing", ["modality", "literal"])
-@pytest.mark.parametrize("joint_vectors", [0, 1, 4])
-@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("joint_vectors", [0, 1, 4, 32])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 5])
 def test_the_stack_and_every_gradient_are_the_equations(routing: str, joint_vectors: int, blocks: int) -> None:
-    network = make_network(settings_of(routing, joint_vectors=joint_vectors, blocks=blocks)).double().eval()
+    deep = {"language__scratch__layers": blocks, "vision__scratch__layers": blocks}
+    network = make_network(settings_of(routing, joint_vectors=joint_vectors, blocks=blocks, **deep)).double().eval()
     batch = some_batch()
     logits, features = network(batch)
     score(logits, features).backward()
