@@ -8,7 +8,7 @@ import pytest
 import torch
 from distributed import run_program
 
-from jointfuse.bench import icl
+from jointfuse.bench import block, icl
 from jointfuse.bench.device import peak_bytes
 from jointfuse.errors import UserError
 
@@ -47,6 +47,42 @@ def test_over_ranks_ours_sends_features_once_and_the_peer_sends_their_gradients_
     assert tiled["sent_forward"] == 5 * 8 + features + 32 * 8 + 32 * 4
     assert tiled["sent_backward"] == 0
     assert peer["sent_backward"] >= features
+
+
+def test_the_block_is_timed_beside_its_literal_form_once_they_agree(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    sizes = ["--batch", "2", "--patches", "12", "--tokens", "5", "--width", "64", "--repeats", "1"]
+    ended = run_program([*BENCH[:-1], "block", *sizes, "--out", str(out)])
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(out.read_text())
+    assert result["sizes"] == {"batch": 2, "patches": 12, "tokens": 5, "width": 64, "joint_vectors": 4}
+    assert len(result["cases"]) == 4
+    for case in result["cases"]:
+        assert case["case"] in ended.stdout
+        assert case["ratio"] == pytest.approx(case["literal"] / case["ours"])
+        assert case["difference"] < 1e-5
+
+
+def test_a_block_that_computes_something_else_is_not_timed() -> None:
+    ours, literal = block._stacks(64, 2, torch.float32)
+    with torch.no_grad():
+        literal[1].u[0, 0] += 0.1
+    given = block._inputs(2, 9, 5, 64, torch.float32)
+    inner, stack = block._cases(ours, literal, given["t_mask"], given["m_mask"])
+    block._check_equal(inner, given["t"], given["m"], torch.float32)
+    with pytest.raises(UserError, match=r"two blocks to \[CLS\]: the two forms differ by"):
+        block._check_equal(stack, given["t"], given["m"], torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [(["--width", "100"], "--width 100: it must be a multiple of 64"), (["--dtype", "int8"], "--dtype int8: choose")],
+)
+def test_sizes_the_block_cannot_have_are_one_line(option: list[str], message: str) -> None:
+    ended = run_program([*BENCH[:-1], "block", *option])
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert ended.stderr.count("\n") == 1
 
 
 def test_a_method_with_other_results_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ SHORTER = {
     "python -m jointfuse.bench icl": {
         "bench icl": "bench icl --rows 64 --width 16 --repeats 1 --only 'jointfuse tiled' --only 'dense torch'"
     },
+    "python -m jointfuse.bench block": {"bench block": "bench block --patches 9 --width 64 --repeats 1"},
 }
 # .ci/run runs these two themselves.
 IN_CI = ["bash tools/quickstart.sh", "bash tools/test.sh"]
