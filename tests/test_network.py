@@ -305,10 +305,10 @@ def visible(name: str, gradient: torch.Tensor) -> torch.Tensor | None:
     if name.endswith("key.bias"):
         assert gradient.abs().max() < 1e-4
         return None
-    if name.endswith("qkv.bias"):
-        q, k, v = gradient.chunk(3)
+    if name.endswith("key_value.bias"):
+        k, v = gradient.chunk(2)
         assert k.abs().max() < 1e-4
-        return torch.cat([q, v])
+        return v
     return gradient
 
 

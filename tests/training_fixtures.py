@@ -57,9 +57,6 @@ DROPOUT = (
     "model.vision.dropout=0.1",
     "model.dropout=0.1",
 )
-# Softmax does not see a key bias: its gradient is rounding, and Adam makes steps of whatever has a sign.
-# The vision layers hold it as a third of qkv.bias.
-NO_GRADIENT = ("key.bias", "qkv.bias")
 
 
 def make_corpus(folder: Path, gaps: bool = False) -> Path:
@@ -210,11 +207,17 @@ def outcome(made: Any) -> Trained:
     return Trained(asdict(made.position), rows, weights)
 
 
-def largest_difference(
-    one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], skip: tuple[str, ...] = ()
-) -> float:
-    """Of two state dicts with the same names; names that end in one of `skip` are left out."""
+def largest_difference(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
+    """Of two state dicts with the same names."""
     assert one.keys() == other.keys()
-    kept = [name for name in one if not name.endswith(skip)]
-    assert kept, "there must be something to compare"
-    return max(float(np.abs(one[name] - other[name]).max()) for name in kept)
+    return max(float(np.abs(one[name] - other[name]).max()) for name in one)
+
+
+def moved(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A state dict less its key biases, alone or as the first half of key_value.bias: softmax does not see them, their
+    gradient is rounding, and Adam makes steps of whatever has a sign."""
+    return {
+        name: np.split(value, 2)[1] if name.endswith("key_value.bias") else value
+        for name, value in weights.items()
+        if not name.endswith("key.bias")
+    }

@@ -25,8 +25,9 @@ class Pooled:
     statistics: torch.Tensor
 
     def gradients(self, number: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What micro-batch `number` pushes back; the temperature is pushed with the first alone."""
-        return self.features[number], self.temperature if number == 0 else None
+        """What micro-batch `number` pushes back; the temperature's is pushed with the last alone."""
+        # ZeRO-1 averages over ranks what has a gradient in the last micro-step, and nothing else.
+        return self.features[number], self.temperature if number == len(self.features) - 1 else None
 
 
 def pool_step(objective: Objective, batches: list[Batch], seed: Callable[[int], None]) -> Pooled:
