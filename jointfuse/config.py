@@ -196,7 +196,11 @@ class TrainSettings(Settings):
     warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises")
     decay: Literal["linear", "cosine", "constant"] = "linear"
     clip: NotNegative = Field(1.0, description="largest gradient norm; 0 turns clipping off")
-    checkpointing: bool = Field(False, description="recompute layers in the backward pass")
+    checkpointing: Literal["none", "block", "attention", "layer"] = Field(
+        "none",
+        description="what the backward pass computes again: fused blocks and unimodal layers as a whole (block), the "
+        "same but for attention (attention), or fused blocks in parts (layer)",
+    )
     init_from: str | None = Field(None, description="folder of an exported model (RUN/best) to start from")
 
     @field_validator("evaluate_every", "save_every")

@@ -22,6 +22,7 @@ from helpers import (
     reader_of,
     saved_bytes,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jointfuse.config import Config, LossSettings, ModelSettings, Part, validate
 from jointfuse.data.batch import Batch
@@ -434,11 +435,14 @@ def test_a_frozen_encoder_keeps_nothing_for_a_backward_pass() -> None:
 
 @pytest.mark.parametrize("modality", ["both", "text", "audio"])
 @pytest.mark.parametrize("freeze", [[], ["text_encoder"]])
-def test_checkpointing_keeps_fewer_bytes_and_gives_the_same_gradients(modality: str, freeze: list[str]) -> None:
+@pytest.mark.parametrize("mode", ["block", "attention", "layer"])
+def test_checkpointing_keeps_fewer_bytes_and_gives_the_same_gradients(
+    modality: str, freeze: list[str], mode: str
+) -> None:
     batch, results = some_batch(), []
     dropout = {f"{part}__dropout": 0.2 for part in ("text_encoder", "extractor", "language", "vision")}
     settings = settings_of(modality=modality, vision__stem_layers=1, language__stem_layers=1, **dropout)
-    for checkpointing in (False, True):
+    for checkpointing in ("none", mode):
         network = make_network(settings, checkpointing=checkpointing)
         network.freeze(freeze)
         network.train()
@@ -453,6 +457,25 @@ def test_checkpointing_keeps_fewer_bytes_and_gives_the_same_gradients(modality: 
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-8, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize(("mode", "again"), [("none", False), ("attention", False), ("block", True), ("layer", True)])
+def test_only_where_it_is_not_kept_is_attention_computed_again(mode: str, again: bool) -> None:
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            computed.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    computed: set[str] = set()
+    network = make_network(settings_of(vision__stem_layers=1), checkpointing=mode).train()
+    with Names():
+        logits, _ = network(some_batch())
+        assert any("scaled_dot_product" in name for name in computed)
+        computed.clear()
+        logits.sum().backward()
+    assert any("addmm" in name for name in computed) == (mode != "none"), "the rest of a layer is computed again"
+    attended = {name for name in computed if "scaled_dot_product" in name and "backward" not in name}
+    assert bool(attended) == again
 
 
 # -------------------------------------------------------------------------------------------------------------- export

@@ -53,7 +53,7 @@ def every_stage(recipe: Path, files: dict[int, Path], folder: Path) -> Runs:
         dist.barrier()
         runs["resumed", stage] = train(recipe, again, *settings, resume=True)
         if stage in (0, 3):
-            recomputed = (*settings, "train.checkpointing=true")
+            recomputed = (*settings, "train.checkpointing=block")
             runs["recomputed", stage] = train(recipe, folder / f"recomputed{stage}", *recomputed, stop_after=4)
     return runs
 

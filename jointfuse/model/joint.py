@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from jointfuse.model.layers import Layer
+from jointfuse.model.recompute import Run, plainly
 
 
 class JointBlock(nn.Module):
@@ -37,26 +38,32 @@ class JointBlock(nn.Module):
             self.g = nn.Sequential(nn.Linear(d_t, d_m), nn.GELU(), nn.Linear(d_m, d_m))
 
     def forward(
-        self, t: torch.Tensor, t_mask: torch.Tensor, m: torch.Tensor, m_mask: torch.Tensor, cls_only: bool = False
+        self,
+        t: torch.Tensor,
+        t_mask: torch.Tensor,
+        m: torch.Tensor,
+        m_mask: torch.Tensor,
+        cls_only: bool = False,
+        run: Run = plainly,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """t (B, 1+T, d_t), m (B, 1+P, d_m), masks (B, 1+T) and (B, 1+P) bool -> t', m' of the same shapes, or of [CLS]
-        alone, (B, 1, d_t) and (B, 1, d_m)."""
+        alone, (B, 1, d_t) and (B, 1, d_m). Each part of the block goes through `run`."""
         if not self.joint_vectors:
             return self.language(t, t_mask, cls_only), self.vision(m, m_mask, cls_only)
-        text = _Stream(self.language, t, t_mask, cls_only)
-        audio = _Stream(self.vision, m, m_mask, cls_only)
-        v_hat = audio.asked_by(self.v)  # (1)
-        u_hat = text.asked_by(self.u)  # (3)
-        return text.answered(self.f(v_hat)), audio.answered(self.g(u_hat))  # (2), (4)
+        text = _Stream(self.language, t, t_mask, cls_only, run)
+        audio = _Stream(self.vision, m, m_mask, cls_only, run)
+        v_hat = run(audio.asked_by, self.v)  # (1)
+        u_hat = run(text.asked_by, self.u)  # (3)
+        return run(text.answered, self.f(v_hat)), run(audio.answered, self.g(u_hat))  # (2), (4)
 
 
 class _Stream:
     """One stream in one block: its rows are projected once for both passes."""
 
-    def __init__(self, layer: Layer, rows: torch.Tensor, mask: torch.Tensor, cls_only: bool) -> None:
+    def __init__(self, layer: Layer, rows: torch.Tensor, mask: torch.Tensor, cls_only: bool, run: Run) -> None:
         self.layer, self.rows, self.mask = layer, rows, mask
         self.queries = 1 if cls_only else rows.shape[1]
-        self.q, self.k, self.v = layer.project(rows, self.queries)
+        self.q, self.k, self.v = run(layer.project, rows, self.queries)
 
     def asked_by(self, joint: torch.Tensor) -> torch.Tensor:
         """The joint rows of (1) or (3): joint (J, D), the same for every utterance -> (B, J, D)."""

@@ -8,7 +8,6 @@ from typing import Any, Self, get_args
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from jointfuse.config import ModelSettings, Part
 from jointfuse.data.batch import Batch
@@ -17,6 +16,7 @@ from jointfuse.errors import UserError
 from jointfuse.model.backbones import Description, language_backbone, vision_backbone
 from jointfuse.model.joint import JointBlock
 from jointfuse.model.layers import Extractor, Layer, language_layers, longest_text, vision_layers
+from jointfuse.model.recompute import recomputed, recomputed_but_attention
 
 
 class TextInput(nn.Module):
@@ -80,7 +80,7 @@ class Network(nn.Module):
         max_seconds: longest clip; its grid of patches is what positions are resampled to.
         tokenizer_size: vocabulary of an encoder built from scratch.
         descriptions: of an exported model's backbones; nothing pretrained is read then.
-        checkpointing: recompute layers in the backward pass (non-reentrant).
+        checkpointing: none, block, attention or layer; as `train.checkpointing`.
 
     Raises:
         UserError: weights that cannot be had, backbones that cannot serve or do not fit together.
@@ -94,7 +94,7 @@ class Network(nn.Module):
         max_seconds: float,
         tokenizer_size: int = 0,
         descriptions: dict[str, Description] | None = None,
-        checkpointing: bool = False,
+        checkpointing: str = "none",
     ) -> None:
         super().__init__()
         self.settings, self.checkpointing = settings, checkpointing
@@ -219,9 +219,12 @@ class Network(nn.Module):
         return rows, mask, batch.frames > 0
 
     def _run(self, layer: nn.Module, *inputs: torch.Tensor | bool) -> Any:
-        if self.checkpointing and self.training and torch.is_grad_enabled() and _trains(layer):
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
+        if self.checkpointing == "none" or not (self.training and torch.is_grad_enabled() and _trains(layer)):
+            return layer(*inputs)
+        if self.checkpointing == "layer" and isinstance(layer, JointBlock):
+            return layer(*inputs, run=recomputed)
+        run = recomputed_but_attention if self.checkpointing == "attention" else recomputed
+        return run(layer, *inputs)
 
     def parts(self) -> Iterator[tuple[Part, str, nn.Parameter]]:
         """Every parameter with its name and the part of the model it belongs to."""
