@@ -1,16 +1,21 @@
 """Benchmarks run, compare equal things, and say what they cannot measure."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from distributed import run_program
+from rich.console import Console
+from training_fixtures import corpus, recipe
 
-from jointfuse.bench import block, icl
+from jointfuse.bench import block, icl, step
 from jointfuse.bench.device import peak_bytes
 from jointfuse.errors import UserError
+
+__all__ = ["corpus", "recipe"]
 
 BENCH = [sys.executable, "-m", "jointfuse.bench", "icl"]
 
@@ -83,6 +88,36 @@ def test_sizes_the_block_cannot_have_are_one_line(option: list[str], message: st
     assert ended.returncode == 2
     assert message in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+def test_a_step_is_timed_beside_the_plain_model_that_loses_the_same(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    # Weight decay, rates of single parts, several steps: the plain model must follow all of it.
+    settings = ["loss.train_temperature=false", "train.batch=8", "train.optimizer=adamw", "train.weight_decay=0.1"]
+    command = [*BENCH[:-1], "step", "--recipe", str(recipe), "--steps", "4", "--out", str(out)]
+    ended = run_program([*command, *settings, "train.part_lr={heads: 1.0e-2}", "train.lr=1e-3"])
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(out.read_text())
+    assert len(result["ours_losses"]) == 5
+    assert result["largest_difference"] < 1e-4
+    assert abs(result["ours_losses"][0] - result["ours_losses"][-1]) > 0.01
+    assert result["ratio"] == pytest.approx(result["plain_seconds"] / result["ours_seconds"])
+    assert 0 <= result["share_of_data_wait"] < 1
+    assert result["share_of_matmul"] > 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.modality=text", "model.modality = text: the plain model is written for both"),
+        ("train.deepspeed=zero3", "train.deepspeed: the plain model is made of whole parameters"),
+        ("train.batch=64", "train.batch = 64: the corpus has 43 utterances to train on"),
+        ("train.micro_batch=1", "train.micro_batch: the plain model knows no gradient accumulation"),
+    ],
+)
+def test_settings_the_plain_model_does_not_know_are_refused(setting: str, message: str, recipe: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        step.benchmark_step(str(recipe), ["loss.train_temperature=false", setting], 2, 2, None, Console())
 
 
 def test_a_method_with_other_results_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,9 @@ SHORTER = {
         "bench icl": "bench icl --rows 64 --width 16 --repeats 1 --only 'jointfuse tiled' --only 'dense torch'"
     },
     "python -m jointfuse.bench block": {"bench block": "bench block --patches 9 --width 64 --repeats 1"},
+    "python -m jointfuse.bench step --recipe demo data.corpus=corpora/demo": {
+        "--recipe demo": "--recipe demo --steps 2"
+    },
 }
 # .ci/run runs these two themselves.
 IN_CI = ["bash tools/quickstart.sh", "bash tools/test.sh"]

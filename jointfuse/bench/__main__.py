@@ -1,4 +1,4 @@
-"""python -m jointfuse.bench icl | block"""
+"""python -m jointfuse.bench icl | block | step"""
 
 import sys
 from pathlib import Path
@@ -50,6 +50,20 @@ def block(
     from jointfuse.bench.block import benchmark_block
 
     benchmark_block(batch, patches, tokens, width, joint_vectors, dtype, repeats, out, _console())
+
+
+@app.command()
+def step(
+    recipe: Annotated[str, typer.Option(help="a recipe by name, or a path to a .yaml file")],
+    overrides: Annotated[list[str], typer.Argument(help="settings, as section.key=value")],
+    ranks: Annotated[int, typer.Option(min=1, help="processes")] = 2,
+    steps: Annotated[int, typer.Option(min=2, help="steps of each model")] = 10,
+    out: Annotated[Path | None, typer.Option(help="result file; build/bench/step-DEVICE.json unless set")] = None,
+) -> None:
+    """A training step beside the same model written plainly with transformers, timm and DDP."""
+    from jointfuse.bench.step import benchmark_step
+
+    benchmark_step(recipe, overrides, ranks, steps, out, _console())
 
 
 def _console() -> Console:

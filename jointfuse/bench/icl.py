@@ -70,8 +70,9 @@ def dense_loss(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return losses.sum() / (partners > 0).sum().clamp_min(1)
 
 
-def gathered_dense_loss(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The same over ranks, features gathered with their gradient, as open_clip's gather_with_grad and local_loss do."""
+def gathered_dense_loss(features: torch.Tensor, labels: torch.Tensor, temperature: float = TEMPERATURE) -> torch.Tensor:
+    """The same over ranks of as many rows, features gathered with their gradient, as open_clip's gather_with_grad and
+    local_loss do. A rank's share: the mean over ranks is the loss."""
     from torch.distributed.nn.functional import all_gather
 
     z = normalize(features.float(), dim=1)
@@ -79,13 +80,14 @@ def gathered_dense_loss(features: torch.Tensor, labels: torch.Tensor) -> torch.T
     every = [torch.empty_like(labels) for _ in range(dist.get_world_size())]
     dist.all_gather(every, labels)
     pool_labels = torch.cat(every)
-    s = z @ pool.T / TEMPERATURE
+    s = z @ pool.T / temperature
     itself = torch.zeros_like(s, dtype=torch.bool)
     itself.diagonal(dist.get_rank() * len(z)).fill_(True)
     same = (labels[:, None] == pool_labels) & ~itself
     log_p = s - s.masked_fill(itself, -torch.inf).logsumexp(dim=1, keepdim=True)
-    # Every rank holds as many rows, and every class has partners at these sizes.
-    return (-(log_p * same).sum(dim=1) / same.sum(dim=1).clamp_min(1)).mean()
+    partners = same.sum(dim=1)
+    counted = (torch.bincount(pool_labels)[pool_labels] > 1).sum()
+    return -((log_p * same).sum(dim=1) / partners.clamp_min(1)).sum() * dist.get_world_size() / counted.clamp_min(1)
 
 
 def _ours(backend: str) -> Callable[[], Loss]:

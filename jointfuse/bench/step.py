@@ -1,0 +1,259 @@
+"""A training step beside the same model written plainly: transformers and timm modules, DistributedDataParallel, Adam.
+
+Both train on the same batches from the same weights, by turns, and must lose the same at every step.
+"""
+
+import json
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+from jointfuse.bench.device import device_name, matmul_rate, seconds
+from jointfuse.bench.icl import gathered_dense_loss
+from jointfuse.bench.literal import LiteralNetwork
+from jointfuse.bench.result import write_result
+from jointfuse.config import Config, load_config
+from jointfuse.data.batch import Batch
+from jointfuse.errors import UserError
+
+# Dropout is drawn in another order by the two forms; without it their losses can be compared.
+STILL = (
+    "model.dropout=0",
+    "model.extractor.dropout=0",
+    "model.text_encoder.dropout=0",
+    "model.language.dropout=0",
+    "model.vision.dropout=0",
+    "model.vision.drop_path=0",
+)
+LARGEST_DIFFERENCE = 1e-4  # of losses, float32
+
+
+def benchmark_step(
+    recipe: str, overrides: list[str], ranks: int, steps: int, out: Path | None, console: Console
+) -> dict[str, Any]:
+    """Measure, print a table, write the result file. See `python -m jointfuse.bench step --help`.
+
+    Raises:
+        UserError: settings that cannot be compared, or losses that are not the same.
+    """
+    from jointfuse.train.engine import read_ds_config, zero_stage
+    from jointfuse.train.loop import open_corpus
+
+    config = load_config(recipe, [*overrides, *STILL])
+    utterances = len(open_corpus(config).split("train").index)
+    if utterances < config.train.batch:
+        raise UserError(f"train.batch = {config.train.batch}: the corpus has {utterances} utterances to train on")
+    if zero_stage(read_ds_config(config.train)) == 3:
+        raise UserError("train.deepspeed: the plain model is made of whole parameters; choose stage 0, 1 or 2")
+    for setting, value, wanted in (
+        ("model.modality", config.model.modality, "both"),
+        ("loss.temperature trained", config.loss.train_temperature, False),
+        ("loss.normalize", config.loss.normalize, True),
+        ("loss.pool", config.loss.pool, "step"),
+        ("train.checkpointing", config.train.checkpointing, "none"),
+    ):
+        if value != wanted:
+            raise UserError(f"{setting} = {value}: the plain model is written for {wanted}")
+    if config.train.micro_batch not in (None, config.train.batch // ranks):
+        raise UserError("train.micro_batch: the plain model knows no gradient accumulation; leave it out")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (ranks, config.model_dump_json(), steps, folder)
+        multiprocessing.spawn(_rank, arguments, nprocs=ranks)
+        figures = json.loads((Path(folder) / "figures.json").read_text())
+    worst = max(abs(ours - plain) for ours, plain in zip(figures["ours_losses"], figures["plain_losses"], strict=True))
+    figures["largest_difference"] = worst
+    if not worst < LARGEST_DIFFERENCE * max(map(abs, figures["plain_losses"])):
+        raise UserError(f"the two models lose differently, by {worst:.1e}: their times would mean nothing")
+    console.print(_table(figures, config, ranks))
+    return write_result("step", {"recipe": config.recipe, "ranks": ranks, "steps": steps} | figures, out, console)
+
+
+def _rank(rank: int, ranks: int, settings: str, steps: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.INFO)
+    figures = _measure(Config.model_validate_json(settings), steps, Path(folder))
+    if rank == 0:
+        (Path(folder) / "figures.json").write_text(json.dumps(figures))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class _Losses:
+    """What a step of the Trainer reports to, in place of its log."""
+
+    def __init__(self) -> None:
+        self.last = torch.zeros(())
+
+    def add(self, losses: dict[str, torch.Tensor], batch: Batch) -> None:
+        self.last = losses["loss"].detach().float()
+
+    def end_step(self, total: int) -> None:
+        pass
+
+
+def _measure(config: Config, steps: int, folder: Path) -> dict[str, Any]:
+    from jointfuse.train.loop import Trainer
+
+    trainer = Trainer(config, folder / "run", resume=False)
+    plain = _Plain(trainer)
+    recorded: Any = _Losses()
+    ours, theirs = _Times(), _Times()
+    batches = _endless(trainer)
+    for number in range(steps + 1):  # the first is not counted: kernels are chosen, buffers made
+        total, micro = next(batches)
+        trainer.position.step = number + 1
+        dist.barrier()
+        ours.add(seconds(partial(trainer._step, total, micro, recorded)), recorded.last)
+        dist.barrier()
+        theirs.add(seconds(partial(plain.step, micro[0], number)), plain.last)
+
+    waited = worked = 0.0
+    for number in range(steps + 2):
+        started = time.perf_counter()
+        total, micro = next(batches)
+        wait = time.perf_counter() - started
+        trainer.position.step = steps + 2 + number
+        work = seconds(partial(trainer._step, total, micro, recorded))
+        if number > 1:  # the loader's workers start with the first
+            waited, worked = waited + wait, worked + work
+
+    batch = trainer.plan.batch
+    with FlopCounterMode(display=False) as counter:
+        total, micro = next(batches)
+        trainer.engine.module(micro[0].to(trainer.device), total)["loss"].backward()
+    rate = matmul_rate(next(plain.network.parameters()).dtype)
+    return {
+        "batch": batch,
+        "ours_seconds": ours.typical(),
+        "plain_seconds": theirs.typical(),
+        "ratio": theirs.typical() / ours.typical(),
+        "ours_losses": ours.losses(),
+        "plain_losses": theirs.losses(),
+        "share_of_data_wait": waited / (waited + worked),
+        "matmul_flops": rate,
+        "share_of_matmul": counter.get_total_flops() / ours.typical() / rate,
+    }
+
+
+class _Times:
+    def __init__(self) -> None:
+        self.taken: list[float] = []
+        self.lost: list[torch.Tensor] = []
+
+    def add(self, taken: float, loss: torch.Tensor) -> None:
+        self.taken.append(taken)
+        self.lost.append(loss)
+
+    def typical(self) -> float:
+        """Median seconds of a step, the first left out."""
+        return median(self.taken[1:])
+
+    def losses(self) -> list[float]:
+        """Mean over ranks at every step."""
+        every = torch.stack(self.lost)
+        dist.all_reduce(every)
+        return (every / dist.get_world_size()).tolist()
+
+
+def _endless(trainer: Any) -> Iterator[tuple[int, list[Batch]]]:
+    """The training batches, epoch after epoch, whole ones alone."""
+    while True:
+        for total, micro in trainer._batches():
+            if total == trainer.plan.batch:
+                yield total, micro
+        trainer.position.epoch += 1
+
+
+class _Plain:
+    """The plain model under DistributedDataParallel, with torch's Adam and the trainer's rates."""
+
+    def __init__(self, trainer: Any) -> None:
+        from jointfuse.model.network import part_of
+        from jointfuse.train.schedule import lr_factor
+
+        config: Config = trainer.config
+        self.config, self.device, self.total_steps, self.factor = config, trainer.device, trainer.steps, lr_factor
+        self.network = LiteralNetwork(trainer.engine.module.network, config.data.max_seconds).to(self.device)
+        self.network.train()
+        frozen = set(config.train.freeze)
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.network.named_parameters():
+            part = part_of(name, "both")
+            parameter.requires_grad_(part not in frozen)
+            if part not in frozen:
+                groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+        for module in self.network.modules():
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                module.eval()
+        settings = config.train
+        kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+        self.rates = [settings.part_lr.get(part, settings.lr) for part, _ in groups]  # type: ignore[call-overload]
+        self.optimizer = kind(
+            [
+                {"params": parameters, "weight_decay": settings.weight_decay if decays else 0.0}
+                for (_, decays), parameters in groups.items()
+            ],
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.epsilon,
+            fused=True,
+        )
+        self.model = DistributedDataParallel(self.network)
+        self.last = torch.zeros(())
+
+    def step(self, batch: Batch, number: int) -> None:
+        settings, loss_settings = self.config.train, self.config.loss
+        factor = self.factor(settings, number, self.total_steps)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        batch = batch.to(self.device)
+        logits, features = self.model(batch)
+        loss = cross_entropy(logits, batch.labels)
+        if loss_settings.icl_weight:
+            icl = gathered_dense_loss(features, batch.labels, loss_settings.temperature)
+            loss = loss + loss_settings.icl_weight * icl
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if settings.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        self.optimizer.step()
+        self.last = loss.detach().float()
+
+
+def _table(figures: dict[str, Any], config: Config, ranks: int) -> Table:
+    title = f"{device_name()}\n{config.recipe}, batch {figures['batch']} over {ranks} ranks, {config.train.deepspeed}"
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("figure", justify="right")
+    for name, key in (("jointfuse", "ours_seconds"), ("plain, DistributedDataParallel", "plain_seconds")):
+        table.add_row(f"{name}, utterances a second", f"{figures['batch'] / figures[key]:.1f}")
+    table.add_row("plain / jointfuse, time of a step", f"{figures['ratio']:.2f}")
+    table.add_row("largest difference of losses", f"{figures['largest_difference']:.1e}")
+    table.add_row("jointfuse: share of time that waits for data", f"{figures['share_of_data_wait']:.1%}")
+    table.add_row("jointfuse: operations counted, share of the matmul rate", f"{figures['share_of_matmul']:.0%}")
+    return table
