@@ -1,9 +1,7 @@
 """The contrastive loss beside its peers: the same features and labels, equal results first, then time and memory."""
 
 import importlib
-import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import normalize
 
 from jointfuse.bench.device import Collectives, device, device_name, matmul_rate, peak_bytes, seconds
+from jointfuse.bench.ranks import on_ranks
 from jointfuse.bench.result import write_result
 from jointfuse.errors import UserError
 from jointfuse.losses import inter_class_contrastive_loss
@@ -256,10 +254,7 @@ def _check_equal(
 
 def _measure_ranks(methods: list[str], k: int, d: int, precision: str, repeats: int, ranks: int) -> list[Cell]:
     """The slowest rank's time, the fullest rank's memory, and the bytes that a rank sends."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (ranks, methods, k, d, precision, repeats, folder)
-        multiprocessing.spawn(_rank, arguments, nprocs=ranks)
-        every = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
+    every = on_ranks(ranks, _measure_rank, methods, k, d, precision, repeats)
     cells = []
     for of_ranks in zip(*every, strict=True):
         cell = Cell(**of_ranks[0])
@@ -270,15 +265,9 @@ def _measure_ranks(methods: list[str], k: int, d: int, precision: str, repeats: 
     return cells
 
 
-def _rank(rank: int, ranks: int, names: list[str], k: int, d: int, precision: str, repeats: int, folder: str) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
-    else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
+def _measure_rank(names: list[str], k: int, d: int, precision: str, repeats: int) -> list[dict[str, Any]]:
     dtype = getattr(torch, precision)
-    features, labels = (part.chunk(ranks)[rank].clone() for part in _inputs(k, d, dtype))
+    features, labels = (part.chunk(dist.get_world_size())[dist.get_rank()].clone() for part in _inputs(k, d, dtype))
     cells = []
     for method in METHODS_OF_RANKS:
         if method.name not in names:
@@ -300,9 +289,7 @@ def _rank(rank: int, ranks: int, names: list[str], k: int, d: int, precision: st
             dist.barrier()
             taken = seconds(partial(_step, loss, features, labels))
             cell.seconds = min(taken, cell.seconds or taken)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps([asdict(cell) for cell in cells]))
-    dist.barrier()
-    dist.destroy_process_group()
+    return [asdict(cell) for cell in cells]
 
 
 def _table(cells: list[Cell], k: int, d: int, ranks: int) -> Table:

@@ -3,9 +3,7 @@
 Both train on the same batches from the same weights, by turns, and must lose the same at every step.
 """
 
-import json
 import logging
-import os
 import tempfile
 import time
 import warnings
@@ -17,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -28,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from jointfuse.bench.device import device_name, matmul_rate, seconds
 from jointfuse.bench.icl import gathered_dense_loss
 from jointfuse.bench.literal import LiteralNetwork
+from jointfuse.bench.ranks import on_ranks
 from jointfuse.bench.result import write_result
 from jointfuse.config import Config, load_config
 from jointfuse.data.batch import Batch
@@ -74,33 +72,13 @@ def benchmark_step(
     if config.train.micro_batch not in (None, config.train.batch // ranks):
         raise UserError("train.micro_batch: the plain model knows no gradient accumulation; leave it out")
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (ranks, config.model_dump_json(), steps, folder)
-        multiprocessing.spawn(_rank, arguments, nprocs=ranks)
-        figures = json.loads((Path(folder) / "figures.json").read_text())
+        figures = on_ranks(ranks, _measure, config.model_dump_json(), steps, folder)[0]
     worst = max(abs(ours - plain) for ours, plain in zip(figures["ours_losses"], figures["plain_losses"], strict=True))
     figures["largest_difference"] = worst
     if not worst < LARGEST_DIFFERENCE * max(map(abs, figures["plain_losses"])):
         raise UserError(f"the two models lose differently, by {worst:.1e}: their times would mean nothing")
     console.print(_table(figures, config, ranks))
     return write_result("step", {"recipe": config.recipe, "ranks": ranks, "steps": steps} | figures, out, console)
-
-
-def _rank(rank: int, ranks: int, settings: str, steps: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
-    else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.INFO)
-    figures = _measure(Config.model_validate_json(settings), steps, Path(folder))
-    if rank == 0:
-        (Path(folder) / "figures.json").write_text(json.dumps(figures))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 class _Losses:
@@ -116,10 +94,13 @@ class _Losses:
         pass
 
 
-def _measure(config: Config, steps: int, folder: Path) -> dict[str, Any]:
+def _measure(settings: str, steps: int, folder: str) -> dict[str, Any]:
+    """What a rank sees; losses are means over ranks."""
     from jointfuse.train.loop import Trainer
 
-    trainer = Trainer(config, folder / "run", resume=False)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.INFO)
+    trainer = Trainer(Config.model_validate_json(settings), Path(folder) / "run", resume=False)
     plain = _Plain(trainer)
     recorded: Any = _Losses()
     ours, theirs = _Times(), _Times()
