@@ -1,4 +1,6 @@
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,19 @@ def test_each_part_has_its_own_learning_rate(cases: dict[str, Any]) -> None:
     by_part = {part: max(d for n, d in moved.items() if part_of(n, "both") == part) for part in ("heads", "joint")}
     assert by_part["heads"] < 1e-4
     assert by_part["joint"] > 5e-3
+
+
+def test_only_a_lock_that_a_dead_build_left_is_removed(tmp_path: Path) -> None:
+    from jointfuse.train.engine import LONGEST_BUILD, forget_dead_builds
+
+    old, new = tmp_path / "cpu_adam" / "lock", tmp_path / "shm" / "lock"
+    for lock, age in ((old, LONGEST_BUILD + 60), (new, LONGEST_BUILD - 60)):
+        lock.parent.mkdir()
+        lock.touch()
+        os.utime(lock, (time.time() - age,) * 2)
+    forget_dead_builds(tmp_path)
+    assert (old.exists(), new.exists()) == (False, True)
+    forget_dead_builds(tmp_path / "nothing")
 
 
 def test_norms_biases_and_temperature_are_never_decayed(recipe: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from deepspeed.accelerator import get_accelerator  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
+LONGEST_BUILD = 1800  # seconds
 RECIPE_OWNS = {
     "train_batch_size": "train.batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -150,6 +152,14 @@ def _optimizer(groups: list[dict[str, Any]], settings: TrainSettings, ds_config:
     return kind(groups, fused=True, **common)
 
 
+def forget_dead_builds(extensions: Path) -> None:
+    """A process killed while it compiled an extension leaves a lock for which every later one would wait for ever."""
+    for lock in extensions.glob("*/lock"):
+        with contextlib.suppress(OSError):  # another rank was first
+            if time.time() - lock.stat().st_mtime > LONGEST_BUILD:
+                lock.unlink()
+
+
 def start_engine(objective: Objective, config: Config, division: Division) -> Any:
     """A DeepSpeed engine around the objective; torch.distributed must be initialised.
 
@@ -168,6 +178,7 @@ def start_engine(objective: Objective, config: Config, division: Division) -> An
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+    forget_dead_builds(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
     optimizer = _optimizer(parameter_groups(objective, settings), settings, ds_config)
     rates = [group["lr"] for group in optimizer.param_groups]
     half = any(ds_config.get(precision, {}).get("enabled") for precision in ("fp16", "bf16"))
