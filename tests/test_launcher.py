@@ -29,7 +29,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("launched") / "run"
 
 
+def in_shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("deepspeed*")}
+
+
 def test_the_command_trains_on_two_ranks_and_only_the_first_one_speaks(recipe: Path, run: Path) -> None:
+    before = in_shared_memory()
     command = [str(SCRIPTS / "jointfuse"), "train", "--recipe", str(recipe), "--run", str(run), "--ranks", "2"]
     ended = run_program([*command, *SETTINGS], environment=BARE)
     assert ended.returncode == 0, ended.stderr
@@ -55,6 +60,7 @@ def test_the_command_trains_on_two_ranks_and_only_the_first_one_speaks(recipe: P
     made = {path.name for path in run.iterdir()}
     assert made >= {"best", "checkpoints", "config.yaml", "environment.json", "finished", "metrics.jsonl", "tokenizer"}
     assert json.loads((run / "environment.json").read_text(encoding="utf-8"))["ranks"] == 2
+    assert in_shared_memory() == before, "what a run leaves there is lost to the machine until it starts anew"
 
 
 def test_the_command_evaluates_that_run_on_two_ranks(run: Path) -> None:

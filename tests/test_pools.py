@@ -173,7 +173,9 @@ def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Ru
 def same(found: Trained, expected: Trained) -> None:
     assert np.abs(found.losses - expected.losses).max() < LOSS_TOLERANCE
     if np.isfinite(found.norms).all() and np.isfinite(expected.norms).all():  # stage 0 keeps none
-        assert np.allclose(found.norms, expected.norms, rtol=1e-4)
+        # One gradient of one model is compared in the first step; later ones are of models a little apart.
+        assert np.isclose(found.norms[0], expected.norms[0], rtol=1e-5)
+        assert np.allclose(found.norms, expected.norms, rtol=1e-3)
     assert largest_difference(moved(found.weights), moved(expected.weights)) < WEIGHT_TOLERANCE
 
 
