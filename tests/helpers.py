@@ -1,7 +1,8 @@
 """Tiny corpora, models and batches for the tests of the model, the losses and the stream."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jointfuse.config import DataSettings, ModelSettings
 from jointfuse.data import build as building
 from jointfuse.data.batch import Batch, Example, collate
 from jointfuse.data.build import CorpusSpec, Row
+from jointfuse.data.features import FrontEnd
 from jointfuse.data.shards import Corpus
 from jointfuse.data.stream import UtteranceReader
 from jointfuse.data.tokenizer import train_tokenizer
@@ -86,6 +88,12 @@ def reader_of(corpus: Corpus, modality: str, split: str = "train", **settings: A
     )
 
 
+def read(reader: UtteranceReader, ids: Iterable[int]) -> Batch:
+    """Those utterances as the model takes them, all valid."""
+    chosen = np.array(list(ids))
+    return reader.batch((chosen, np.ones(len(chosen), dtype=bool))).to("cpu", reader.front_end)
+
+
 def merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`tree` with dotted keys replaced."""
     tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
@@ -138,14 +146,21 @@ def make_batch(
             id=number,
             # Entries 0 to 3 are special; a text starts with <s>.
             tokens=np.concatenate([[0], rng.integers(4, VOCABULARY, count - 1)]) if count else np.empty(0, np.int64),
-            mel=torch.from_numpy(rng.standard_normal((length, 80), dtype=np.float32)),
+            clip=torch.empty(0, dtype=torch.int16),
+            frames=length,
+            bin_masks=np.zeros((0, 2), np.int64),
+            frame_masks=np.zeros((0, 2), np.int64),
             label=labels[number] if labels else number % 2,
             cut_tokens=False,
             cut_audio=False,
         )
         for number, (count, length) in enumerate(zip(tokens, frames, strict=True))
     ]
-    return collate(examples, np.array(valid or [True] * len(examples)), pad_token=1)
+    batch = collate(examples, np.array(valid or [True] * len(examples)), pad_token=1).to("cpu", FrontEnd(0.0, 1.0))
+    mel = torch.zeros(len(frames), max(1, *frames), 80)
+    for row, length in enumerate(frames):
+        mel[row, :length] = torch.from_numpy(rng.standard_normal((length, 80), dtype=np.float32))
+    return replace(batch, mel=mel)
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:

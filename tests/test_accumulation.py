@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distributed import run_ranks
+from helpers import reader_of
 from training_fixtures import (
     Trained,
     corpus,
@@ -69,7 +70,8 @@ def same(one: Trained, other: Trained) -> None:
 
 
 def plan_of(corpus: Path, batch: int) -> Plan:
-    return Plan(np.asarray(Corpus.open(corpus).split("train").index["duration_ms"]), batch, seed=0)
+    reader = reader_of(Corpus.open(corpus), "both", missing_modality="allow")
+    return Plan(reader.positions((16, 16)), batch, seed=0)
 
 
 def test_the_divisions_are_uneven(corpus: Path, gapped: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
+from helpers import read
 from training_fixtures import LABELS, SIZES, corpus, recipe
 
 from jointfuse.config import load_config
@@ -38,7 +39,7 @@ def run(recipe: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
     network = Network(config.model, len(LABELS), config.data.max_tokens, config.data.max_seconds, len(tokenizer))
     mel = (data.mel_mean, data.mel_deviation)
     reader = UtteranceReader(data.split("train"), config.data, tokenizer, True, *mel)
-    batch = reader.batch((np.arange(24), np.ones(24, dtype=bool)))
+    batch = read(reader, range(24))
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     for _ in range(12):
         optimizer.zero_grad()

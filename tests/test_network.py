@@ -19,6 +19,7 @@ from helpers import (
     make_batch,
     make_network,
     model_settings,
+    read,
     reader_of,
     saved_bytes,
 )
@@ -162,7 +163,7 @@ def test_an_utterance_is_judged_the_same_alone_and_in_any_company(
 
     def judge(ids: np.ndarray) -> torch.Tensor:
         with torch.no_grad():
-            logits, features = network(reader.batch((ids, np.ones(len(ids), dtype=bool))))
+            logits, features = network(read(reader, ids))
         return torch.cat([logits, features], dim=1)
 
     alone = torch.cat([judge(np.array([id])) for id in order])
@@ -223,7 +224,7 @@ def test_an_utterance_of_one_modality_is_judged_by_that_head_whatever_the_others
 
     def judge(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
-            return network(reader.batch((np.array(ids), np.ones(len(ids), dtype=bool))))
+            return network(read(reader, ids))
 
     width = network.text_head.in_features  # type: ignore[union-attr]
     own, missing = (slice(width, None), slice(width)) if lacking == "text" else (slice(width), slice(width, None))
@@ -510,9 +511,8 @@ def test_an_exported_model_gives_the_same_logits(modality: str, uneven_corpus: C
     other = reader_of(uneven_corpus, modality, "dev")
     if modality != "audio":
         other.tokenizer = loaded.tokenizer
-    everything = (np.arange(SIZES["dev"]), np.ones(SIZES["dev"], dtype=bool))
-    expected = network(reader.batch(everything))
-    found = loaded.network(other.batch(everything))
+    expected = network(read(reader, range(SIZES["dev"])))
+    found = loaded.network(read(other, range(SIZES["dev"])))
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
 
@@ -584,9 +584,9 @@ def test_a_damaged_export_is_one_clear_error(how: str, expected: str, tmp_path: 
     folder = tmp_path / "best"
     exported(folder, model_settings(modality="audio"))
     spoil(folder, how)
-    for read in (lambda: load_model(folder), lambda: initialise(make_network(model_settings()), folder, [])):
+    for take in (lambda: load_model(folder), lambda: initialise(make_network(model_settings()), folder, [])):
         with pytest.raises(UserError, match=expected) as caught:
-            read()
+            take()
         assert str(folder) in str(caught.value)
 
 

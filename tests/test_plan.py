@@ -1,13 +1,17 @@
 """The training order: every promise of it as a property of numbers."""
 
+import csv
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jointfuse.data.plan import Plan, evaluation_batches, micro_batches
+from jointfuse.config import DataSettings
+from jointfuse.data.plan import Plan, evaluation_batches, micro_batches, padding
 from jointfuse.errors import UserError
 
 
@@ -64,19 +68,67 @@ def test_batches_come_in_random_order_and_not_by_length() -> None:
     assert 0.4 < longer.mean() < 0.6, "a batch is followed by a longer one as often as by a shorter one"
 
 
-def test_a_batch_holds_utterances_of_similar_length_in_order() -> None:
+def test_the_rows_of_a_batch_go_from_short_to_long() -> None:
     plan = Plan(lengths_of(3000, 1), 30, seed=0)
     ids, _ = plan.epoch(5)
-    held = plan.lengths[ids].astype(np.int64)
-    assert (np.diff(held, axis=1) >= 0).all()
-    # Padding to the longest of a batch adds less than a fifth; without sorting it would nearly double the work.
-    assert held.max(axis=1).sum() * plan.batch < 1.2 * held.sum()
+    assert (np.diff(plan.lengths[ids].astype(np.int64), axis=1) >= 0).all()
+
+
+def seconds_of(name: str, shared: Path) -> np.ndarray:
+    """(S,) real durations: MELD's training utterances as its table times them, RAVDESS's clips as they are."""
+    if name == "RAVDESS":
+        return np.array(
+            [soundfile.info(clip).duration for clip in sorted((shared / "data" / "ravdess").glob("*.flac"))]
+        )
+    with next((shared / "data" / "meld").glob("*train*.csv")).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    began, ended = (np.array([seconds(row[column]) for row in rows]) for column in ("StartTime", "EndTime"))
+    return np.clip(ended - began, 0.1, DataSettings().max_seconds)
+
+
+def seconds(time: str) -> float:
+    hours, minutes, rest = time.replace(",", ".").split(":")
+    return 3600 * int(hours) + 60 * int(minutes) + float(rest)
+
+
+@pytest.mark.required
+@pytest.mark.parametrize("batch", [16, 32, 64])
+@pytest.mark.parametrize("name", ["MELD", "RAVDESS"])
+def test_padding_takes_at_most_five_percent_of_the_patches_of_real_clips(name: str, batch: int, shared: Path) -> None:
+    patches = -(-np.floor(1 + 100 * seconds_of(name, shared)) // 16)
+    for epoch in range(3):
+        ids, valid = Plan(patches, batch, seed=0).epoch(epoch)
+        whole = ids[valid.all(axis=1)]
+        assert padding(patches, whole) < 0.055, "judged by one epoch, held in others"
+    unsorted = np.random.default_rng(0).permutation(len(patches))[: whole.size].reshape(whole.shape)
+    assert padding(patches, unsorted) > 4 * padding(patches, whole)
+
+
+def test_the_window_is_the_narrowest_that_wastes_little() -> None:
+    assert Plan(np.full(1000, 7), 10, seed=0).window == 8, "nothing is wasted however they are mixed"
+    windows = [Plan(lengths_of(4000, 1) // step, 10, seed=0).window for step in (1, 400, 1000)]
+    assert windows == sorted(windows, reverse=True)
+    for seed in range(3):
+        plan = Plan(lengths_of(4000, seed), 10, seed)
+        batches = plan.epoch(0)[0]
+        assert padding(plan.lengths, batches) <= 0.05
+        assert padding(plan.lengths, plan._sorted(batches.ravel(), 1).reshape(batches.shape)) <= 0.05
+    assert Plan(np.array([1, 3]), 2, seed=0).window == 8
+
+
+def test_padding_is_the_share_of_positions_behind_the_end_of_an_utterance() -> None:
+    lengths = np.array([4, 1, 2, 2, 0, 0])
+    assert padding(lengths, np.array([[0, 1], [2, 3]])) == pytest.approx(3 / 12)
+    assert padding(lengths, np.array([[4, 5]])) == 0
+    assert padding(lengths, np.empty((0, 2), dtype=np.int64)) == 0
 
 
 def test_batches_stay_mixed_over_epochs_although_lengths_are_sorted() -> None:
-    plan = Plan(lengths_of(2000, 2), 20, seed=0)
+    lengths = lengths_of(2000, 2)
+    plan = Plan(lengths, 20, seed=0)
     partners = [set(batch) - {7} for epoch in range(10) for batch in plan.epoch(epoch)[0] if 7 in batch]
-    assert len(set.union(*partners)) > 100  # of at most 190
+    met = len(set.union(*partners))
+    assert met > 3 * 19, "of at most 190; were lengths alone to decide it would be 19"
 
 
 def test_no_utterances_is_one_clear_error() -> None:

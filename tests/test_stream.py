@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SIZES, reader_of
+from helpers import SIZES, read, reader_of
 
 from jointfuse.config import DataSettings
-from jointfuse.data.batch import Batch, collate
+from jointfuse.data.batch import HostBatch, collate
 from jointfuse.data.plan import Plan, evaluation_batches, micro_batches
 from jointfuse.data.shards import Corpus
 from jointfuse.data.stream import Planned, UtteranceReader, stream
@@ -19,7 +19,7 @@ from jointfuse.errors import UserError
 
 def planned(reader: UtteranceReader, rank: int = 0) -> list[Planned]:
     """What one of two ranks holds in an epoch of batches of 8 in two accumulation steps; the last is mostly filled."""
-    plan = Plan(np.asarray(reader.split.index["duration_ms"]), 8, seed=1)
+    plan = Plan(reader.positions((16, 16)), 8, seed=1)
     return [
         pair
         for batch in zip(*plan.epoch(3), strict=True)
@@ -45,8 +45,8 @@ def test_batches_come_in_the_order_of_the_plan_whatever_the_number_of_workers(
             same(batch, reader.batch(expected))
 
 
-def same(one: Batch, other: Batch) -> None:
-    for name in ("tokens", "token_mask", "mel", "frames", "labels"):
+def same(one: HostBatch, other: HostBatch) -> None:
+    for name in ("tokens", "token_mask", "clips", "frames", "labels"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
     assert (one.cut_tokens, one.cut_audio) == (other.cut_tokens, other.cut_audio)
 
@@ -79,9 +79,9 @@ def test_collate_pads_behind_each_utterance_and_marks_what_is_real(reader: Utter
     assert batch.valid.tolist() == [True, False, True]
     assert batch.frames.tolist() == [601, 21, 26]  # 6, 0.2 and 0.25 seconds
     for row, example in enumerate(examples):
-        frames, tokens = len(example.mel), len(example.tokens)
-        torch.testing.assert_close(batch.mel[row, :frames], example.mel, rtol=0, atol=0)
-        assert (batch.mel[row, frames:] == 0).all()
+        samples, tokens = len(example.clip), len(example.tokens)
+        assert torch.equal(batch.clips[row, :samples], example.clip)
+        assert (batch.clips[row, samples:] == 0).all()
         assert batch.token_mask[row].tolist() == [place < tokens for place in range(batch.tokens.shape[1])]
         assert batch.tokens[row, :tokens].tolist() == example.tokens.tolist()
         assert (batch.tokens[row, tokens:] == 1).all()
@@ -89,9 +89,25 @@ def test_collate_pads_behind_each_utterance_and_marks_what_is_real(reader: Utter
     assert batch.tokens.shape[1] == max(len(example.tokens) for example in examples)
 
 
+def test_positions_are_those_that_the_batches_have(gapped_corpus: Corpus, uneven_corpus: Corpus) -> None:
+    reader = reader_of(gapped_corpus, "both", missing_modality="allow")
+    for bins, frames in ((16, 16), (80, 7)):
+        positions = reader.positions((bins, frames))
+        for id, expected in enumerate(positions.tolist()):
+            batch = reader.batch((np.array([id]), np.array([True])))
+            assert expected == -(-int(batch.frames[0]) // frames) * (80 // bins)
+    text = reader_of(uneven_corpus, "text")
+    assert text.positions((16, 16)).tolist() == text.split.index["characters"].tolist()
+    cut = UtteranceReader(
+        reader.split, DataSettings(max_seconds=1.3, missing_modality="allow"), reader.tokenizer, True, 0.0, 1.0
+    )
+    assert cut.positions((16, 16)).max() == -(-131 // 16) * 5
+
+
 def test_mel_values_are_those_of_the_training_set_normalised(uneven_corpus: Corpus) -> None:
     reader = reader_of(uneven_corpus, "audio")
-    values = torch.cat([reader[id].mel.flatten() for id in range(SIZES["train"])])
+    batch = read(reader, range(SIZES["train"]))
+    values = torch.cat([mel[:frames].flatten() for mel, frames in zip(batch.mel, batch.frames, strict=True)])
     assert values.mean().item() == pytest.approx(0, abs=1e-3)
     assert values.std().item() == pytest.approx(1, abs=1e-3)
 
@@ -111,7 +127,7 @@ def test_long_clips_and_texts_are_cut_and_counted_where_they_count(workers: int,
         assert batch.cut_tokens == sum(whole[id] > 9 for id in held)
         assert batch.cut_audio == sum(seconds[id] > 1.3 for id in held)
         texts, clips = texts + batch.cut_tokens, clips + batch.cut_audio
-        assert batch.mel.shape[1] <= 131
+        assert batch.clips.shape[1] <= 1.3 * 16_000 + 512
         for row, id in enumerate(batch.ids.tolist()):
             tokens = batch.tokens[row][batch.token_mask[row]].tolist()
             assert len(tokens) == min(9, whole[id])

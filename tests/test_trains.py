@@ -198,10 +198,10 @@ def plain_gradients(config: Config, weights: Weights) -> Weights:
     network = network_of(config, len(tokenizer) if tokenizer else 0)
     network.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
     reader = UtteranceReader(split, config.data, tokenizer, network.reads_audio, data.mel_mean, data.mel_deviation)
-    lengths = split.index["duration_ms" if network.reads_audio else "characters"]
-    ids, valid = Plan(np.asarray(lengths), config.train.batch, config.train.seed).epoch(0)
+    lengths = reader.positions(config.model.vision.patch)
+    ids, valid = Plan(lengths, config.train.batch, config.train.seed).epoch(0)
     objective = Objective(network, config.loss, accumulation=1)
-    objective(reader.batch((ids[0], valid[0])), int(valid[0].sum()))["loss"].backward()
+    objective(reader.batch((ids[0], valid[0])).to("cpu", reader.front_end), int(valid[0].sum()))["loss"].backward()
     return {
         name.removeprefix("network."): parameter.grad.numpy()
         for name, parameter in objective.named_parameters()

@@ -113,20 +113,19 @@ def _measure(settings: str, steps: int, folder: str) -> dict[str, Any]:
         dist.barrier()
         theirs.add(seconds(partial(plain.step, micro[0], number)), plain.last)
 
-    waited = worked = 0.0
     for number in range(steps + 2):
-        started = time.perf_counter()
+        if number == 2:  # the loader's workers start with the first
+            waited, started = trainer.waited.seconds, time.perf_counter()
         total, micro = next(batches)
-        wait = time.perf_counter() - started
         trainer.position.step = steps + 2 + number
-        work = seconds(partial(trainer._step, total, micro, recorded))
-        if number > 1:  # the loader's workers start with the first
-            waited, worked = waited + wait, worked + work
+        seconds(partial(trainer._step, total, micro, recorded))
+    elapsed = time.perf_counter() - started
+    share_of_wait = (trainer.waited.seconds - waited) / elapsed
 
     batch = trainer.plan.batch
     with FlopCounterMode(display=False) as counter:
         total, micro = next(batches)
-        trainer.engine.module(micro[0].to(trainer.device), total)["loss"].backward()
+        trainer.engine.module(micro[0], total)["loss"].backward()
     rate = matmul_rate(next(plain.network.parameters()).dtype)
     return {
         "batch": batch,
@@ -135,7 +134,7 @@ def _measure(settings: str, steps: int, folder: str) -> dict[str, Any]:
         "ratio": theirs.typical() / ours.typical(),
         "ours_losses": ours.losses(),
         "plain_losses": theirs.losses(),
-        "share_of_data_wait": waited / (waited + worked),
+        "share_of_data_wait": share_of_wait,
         "matmul_flops": rate,
         "share_of_matmul": counter.get_total_flops() / ours.typical() / rate,
     }
@@ -212,7 +211,6 @@ class _Plain:
         factor = self.factor(settings, number, self.total_steps)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        batch = batch.to(self.device)
         logits, features = self.model(batch)
         loss = cross_entropy(logits, batch.labels)
         if loss_settings.icl_weight:

@@ -5,6 +5,7 @@ import torch
 import torchaudio.functional as F_audio
 
 from jointfuse.config import AugmentSettings
+from jointfuse.data.features import MEL_BINS
 
 SPEED_STEPS = 50  # speeds are multiples of 1 / 50: the resampling filters stay short
 
@@ -39,13 +40,17 @@ class Augmentation:
             waveform = waveform * 10 ** (draws.uniform(-settings.gain, settings.gain) / 20)
         return waveform
 
-    def mask(self, mel: torch.Tensor, draws: np.random.Generator) -> torch.Tensor:
-        """(F, 80) normalised -> the same with bands of bins and of frames at the corpus mean (SpecAugment, Park et al.
+    def masks(self, frames: int, draws: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Bands of bins and of frames that are hidden, each (M, 2) int64, first and number (SpecAugment, Park et al.
         2019). A mask takes a quarter of the bins or frames at most."""
-        mel = mel.clone()
-        for (masks, widest), axis in ((self.settings.bin_masks, mel.T), (self.settings.frame_masks, mel)):
-            for _ in range(masks):
-                width = int(draws.integers(min(widest, len(axis) // 4), endpoint=True))
-                start = int(draws.integers(len(axis) - width, endpoint=True))
-                axis[start : start + width] = 0
-        return mel
+        settings = self.settings
+        return (_bands(settings.bin_masks, MEL_BINS, draws), _bands(settings.frame_masks, frames, draws))
+
+
+def _bands(asked: tuple[int, int], places: int, draws: np.random.Generator) -> np.ndarray:
+    masks, widest = asked
+    bands = np.zeros((masks, 2), dtype=np.int64)
+    for band in bands:
+        number = draws.integers(min(widest, places // 4), endpoint=True)
+        band[:] = draws.integers(places - number, endpoint=True), number
+    return bands

@@ -1,4 +1,4 @@
-"""Utterances put together into padded tensors."""
+"""Utterances put together into padded tensors: as they come from the disk, and as the model takes them."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
@@ -6,14 +6,19 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from jointfuse.data.features import FFT_SIZE, FrontEnd
+
 
 @dataclass(frozen=True)
 class Example:
-    """One utterance, ready for the model."""
+    """One utterance, read and tokenised."""
 
     id: int
     tokens: np.ndarray  # (T,) int64; empty when the utterance has no text
-    mel: torch.Tensor  # (F, 80) float32, normalised; F = 0 when it has no clip
+    clip: torch.Tensor  # (S + 512,) int16, continued at its ends; empty when it has no clip
+    frames: int  # F; 0 when it has no clip
+    bin_masks: np.ndarray  # (M, 2) int64, first and number
+    frame_masks: np.ndarray  # (M, 2) int64
     label: int
     cut_tokens: bool
     cut_audio: bool
@@ -21,7 +26,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """B utterances. Padding is marked by the masks; a modality an utterance lacks has no marked position."""
+    """B utterances as the model takes them. Padding is marked by the masks; a modality an utterance lacks has no marked
+    position."""
 
     ids: torch.Tensor  # (B,) int64, positions in the split's index
     tokens: torch.Tensor  # (B, T) int64
@@ -33,42 +39,59 @@ class Batch:
     cut_tokens: int
     cut_audio: int
 
-    def to(self, device: torch.device | str) -> Self:
-        """The same batch on `device`."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
-        return replace(self, **moved)
+
+@dataclass(frozen=True)
+class HostBatch:
+    """B utterances as they were read: clips, no spectrograms yet. See Batch for the fields they share."""
+
+    ids: torch.Tensor
+    tokens: torch.Tensor
+    token_mask: torch.Tensor
+    clips: torch.Tensor  # (B, S + 512) int16, zeros behind each clip's end
+    frames: torch.Tensor
+    bin_masks: torch.Tensor  # (B, M, 2) int64, first and number
+    frame_masks: torch.Tensor  # (B, M, 2) int64
+    labels: torch.Tensor
+    valid: torch.Tensor
+    cut_tokens: int
+    cut_audio: int
+
+    def to(self, device: torch.device | str, front_end: FrontEnd) -> Batch:
+        """On `device`, the spectrograms made there."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()}
+        heard = [moved.pop(name) for name in ("clips", "bin_masks", "frame_masks")]
+        mel = front_end(heard[0], moved["frames"], *heard[1:])
+        return Batch(**moved, mel=mel, cut_tokens=self.cut_tokens, cut_audio=self.cut_audio)
 
     def pin_memory(self) -> Self:
-        pinned: dict[str, Any] = {
-            field.name: value.pin_memory()
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
+        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
         return replace(self, **pinned)
 
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        found = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in found if isinstance(value, torch.Tensor)}
 
-def collate(examples: list[Example], valid: np.ndarray, pad_token: int) -> Batch:
+
+def collate(examples: list[Example], valid: np.ndarray, pad_token: int) -> HostBatch:
     """Pad to the longest text and the longest clip of the batch (at least one position each)."""
     tokens = torch.full((len(examples), max(1, *(len(e.tokens) for e in examples))), pad_token, dtype=torch.long)
     token_mask = torch.zeros(tokens.shape, dtype=torch.bool)
-    frames = torch.tensor([len(e.mel) for e in examples])
-    mel = torch.zeros(len(examples), max(1, int(frames.max())), examples[0].mel.shape[1])
+    clips = torch.zeros(len(examples), max(FFT_SIZE, *(len(e.clip) for e in examples)), dtype=torch.int16)
     for row, example in enumerate(examples):
         tokens[row, : len(example.tokens)] = torch.from_numpy(example.tokens)
         token_mask[row, : len(example.tokens)] = True
-        mel[row, : len(example.mel)] = example.mel
-    return Batch(
+        clips[row, : len(example.clip)] = example.clip
+    counted = [example for example, counts in zip(examples, valid, strict=True) if counts]
+    return HostBatch(
         ids=torch.tensor([e.id for e in examples]),
         tokens=tokens,
         token_mask=token_mask,
-        mel=mel,
-        frames=frames,
+        clips=clips,
+        frames=torch.tensor([e.frames for e in examples]),
+        bin_masks=torch.from_numpy(np.stack([e.bin_masks for e in examples])),
+        frame_masks=torch.from_numpy(np.stack([e.frame_masks for e in examples])),
         labels=torch.tensor([e.label for e in examples]),
         valid=torch.from_numpy(np.asarray(valid, dtype=bool)),
-        cut_tokens=sum(e.cut_tokens for e, counts in zip(examples, valid, strict=True) if counts),
-        cut_audio=sum(e.cut_audio for e, counts in zip(examples, valid, strict=True) if counts),
+        cut_tokens=sum(e.cut_tokens for e in counted),
+        cut_audio=sum(e.cut_audio for e in counted),
     )

@@ -78,15 +78,15 @@ class MelSums:
     def __init__(self) -> None:
         import torch
 
-        from jointfuse.data.features import log_mel
+        from jointfuse.data.features import continued, frames_of, log_mel
 
         # One job is one process; more threads would only fight over the same cores and reorder the sums.
         torch.set_num_threads(1)
-        self._log_mel, self._from_numpy = log_mel, torch.from_numpy
+        self._mel = lambda wave: log_mel(continued(torch.from_numpy(wave))[None])[0, : frames_of(len(wave))]
         self.count, self.sum, self.squares = 0, 0.0, 0.0
 
     def add(self, waveform: np.ndarray) -> None:
-        mel = self._log_mel(self._from_numpy(waveform)).double()
+        mel = self._mel(waveform).double()
         self.count += mel.numel()
         self.sum += float(mel.sum())
         self.squares += float(mel.square().sum())

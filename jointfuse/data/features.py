@@ -1,9 +1,10 @@
-"""The audio front end: a waveform in, an 80-bin log-mel spectrogram out.
+"""The audio front end: waveforms in, 80-bin log-mel spectrograms out, a batch at a time on the device that trains.
 
-Every clip is padded by reflection at its own ends before any batching, so its spectrogram does not depend on the
+Every clip is continued by reflection at its own ends before any batching, so its spectrogram does not depend on the
 clips it later shares a batch with.
 """
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -19,29 +20,83 @@ POWER_FLOOR = 1e-6
 FRAMES_PER_SECOND = SAMPLE_RATE // HOP_LENGTH
 
 
+MARGIN = FFT_SIZE // 2  # samples by which a clip is continued at either end
+INT16 = 32768.0  # what the samples of a 16-bit clip are fractions of
+
+
 @cache
-def _window_and_filters() -> tuple[torch.Tensor, torch.Tensor]:
+def _window_and_filters(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     window = torch.hann_window(WINDOW)
     filters = F_audio.melscale_fbanks(FFT_SIZE // 2 + 1, MEL_LOW, MEL_HIGH, MEL_BINS, SAMPLE_RATE)
-    return window, filters
+    return window.to(device), filters.to(device)
 
 
-def log_mel(waveform: torch.Tensor) -> torch.Tensor:
-    """Log-mel spectrogram of one clip: power, 25 ms Hann window, 10 ms hop, natural log floored at 1e-6.
+def frames_of(samples: int) -> int:
+    """Frames of a clip of so many samples: one, and one more every 10 ms."""
+    return 1 + samples // HOP_LENGTH
+
+
+def continued(waveform: torch.Tensor) -> torch.Tensor:
+    """(S,) -> (S + 512,), reflected at both ends; a clip too short to be reflected is extended with silence first."""
+    missing = max(0, MARGIN + 1 - waveform.numel())
+    extended = torch.nn.functional.pad(waveform, (0, missing))
+    return torch.cat([extended[1 : MARGIN + 1].flip(0), extended, extended[-MARGIN - 1 : -1].flip(0)])
+
+
+def to_int16(waveform: torch.Tensor) -> torch.Tensor:
+    """(S,) float32 in [-1, 1] -> (S,) int16; exact for what a 16-bit file held, clipped where it is louder than one."""
+    return (waveform * INT16).round().clamp(-INT16, INT16 - 1).to(torch.int16)
+
+
+def log_mel(clips: torch.Tensor) -> torch.Tensor:
+    """Log-mel spectrograms: power, 25 ms Hann window, 10 ms hop, natural log floored at 1e-6.
 
     Args:
-        waveform: (S,) float32 in [-1, 1], 16 kHz mono. A clip too short to be reflected is extended with silence.
+        clips: (B, S + 512) `continued`, 16 kHz mono, float32 in [-1, 1] or int16; zeros behind shorter ones.
 
     Returns:
-        (F, 80) float32, F = 1 + S // 160 frames.
+        (B, 1 + S // 160, 80) float32, of which a clip of s samples owns the first 1 + s // 160 frames.
     """
-    window, filters = _window_and_filters()
-    frames = 1 + waveform.numel() // HOP_LENGTH
-    shortest = FFT_SIZE // 2 + 1
-    if waveform.numel() < shortest:
-        waveform = torch.nn.functional.pad(waveform, (0, shortest - waveform.numel()))
-    spectrum = torch.stft(
-        waveform, FFT_SIZE, HOP_LENGTH, WINDOW, window, center=True, pad_mode="reflect", return_complex=True
-    )
-    power = (spectrum.real.square() + spectrum.imag.square())[:, :frames]  # (257, F)
-    return (power.T @ filters).clamp_min(POWER_FLOOR).log()
+    window, filters = _window_and_filters(clips.device)
+    waveforms = clips.float() / INT16 if clips.dtype == torch.int16 else clips
+    spectrum = torch.stft(waveforms, FFT_SIZE, HOP_LENGTH, WINDOW, window, center=False, return_complex=True)
+    power = spectrum.real.square() + spectrum.imag.square()  # (B, 257, F)
+    return (power.transpose(1, 2) @ filters).clamp_min(POWER_FLOOR).log()
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """From the clips of a batch to what the model sees of them.
+
+    Args:
+        mean, deviation: of the log-mel values of the training set.
+    """
+
+    mean: float
+    deviation: float
+
+    def __call__(
+        self, clips: torch.Tensor, frames: torch.Tensor, bin_masks: torch.Tensor, frame_masks: torch.Tensor
+    ) -> torch.Tensor:
+        """Normalised log-mel with zeros behind each clip's end and in its masks, which are (first, number) of bins or
+        frames.
+
+        Args:
+            clips: (B, S + 512) int16, `continued`.
+            frames: (B,) int64.
+            bin_masks, frame_masks: (B, M, 2) int64.
+
+        Returns:
+            (B, 1 + S // 160, 80) float32.
+        """
+        mel = (log_mel(clips) - self.mean) / self.deviation
+        frame = torch.arange(mel.shape[1], device=mel.device)
+        silent = (frame >= frames[:, None]) | _inside(frame, frame_masks)
+        masked = _inside(torch.arange(MEL_BINS, device=mel.device), bin_masks)
+        return mel.masked_fill(silent[:, :, None] | masked[:, None], 0)
+
+
+def _inside(places: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """places (N,), masks (B, M, 2) -> (B, N) bool."""
+    first, number = masks.unsqueeze(-1).unbind(2)  # (B, M, 1)
+    return ((places >= first) & (places < first + number)).any(dim=1)

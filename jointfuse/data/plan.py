@@ -6,20 +6,25 @@ divide a global batch that is already decided, so the same batches are seen at a
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from jointfuse.errors import UserError
 
-SORTED_BATCHES = 8  # batches that share one sort by length: enough to pack well, few enough to stay random
+MOST_PADDING = 0.05  # share of a batch's positions
+SMALLEST_WINDOW, LARGEST_WINDOW = 8, 256  # batches
 
 
 @dataclass(frozen=True)
 class Plan:
     """Every utterance once an epoch, in global batches of similar length.
 
+    Utterances of similar length share a batch: those of a window of batches are sorted together. The wider the window,
+    the less padding and the less chance in who meets whom; so it is the narrowest that wastes little.
+
     Args:
-        lengths: (S,) any measure of an utterance's work; utterances of similar length share a batch.
+        lengths: (S,) positions that an utterance takes in a batch, in any unit.
         batch: utterances in a global batch. The last one of an epoch is filled with repeats marked not valid.
         seed: of the run.
     """
@@ -32,18 +37,26 @@ class Plan:
     def steps_per_epoch(self) -> int:
         return -(-len(self.lengths) // self.batch)
 
+    @cached_property
+    def window(self) -> int:
+        """Batches that share one sort: 8, doubled until padding takes at most 5 % of the positions, 256 at most."""
+        order = self._random(0).permutation(len(self.lengths))[: LARGEST_WINDOW * self.batch]
+        order = order[: len(order) // self.batch * self.batch]
+        window = SMALLEST_WINDOW
+        while window < LARGEST_WINDOW and window * self.batch < len(order):
+            if padding(self.lengths, self._sorted(order, window).reshape(-1, self.batch)) <= MOST_PADDING:
+                break
+            window *= 2
+        return window
+
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Sample ids (steps, batch) int64 and whether each counts (steps, batch) bool; rows are sorted by length."""
         if not len(self.lengths):
             raise UserError("the training split is empty: there is nothing to plan")
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        rng = self._random(epoch)
         order = rng.permutation(len(self.lengths))
         full = len(order) // self.batch * self.batch
-        window = SORTED_BATCHES * self.batch
-        for start in range(0, full, window):
-            part = order[start : min(start + window, full)]
-            order[start : start + len(part)] = part[np.argsort(self.lengths[part], kind="stable")]
-        batches = rng.permutation(order[:full].reshape(-1, self.batch), axis=0)
+        batches = rng.permutation(self._sorted(order[:full], self.window).reshape(-1, self.batch), axis=0)
         valid = np.ones(batches.shape, dtype=bool)
         rest = order[full:]
         if len(rest):
@@ -53,6 +66,24 @@ class Plan:
             batches = np.concatenate([batches, filled[by_length][None]])
             valid = np.concatenate([valid, counts[by_length][None]])
         return batches, valid
+
+    def _random(self, epoch: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+
+    def _sorted(self, order: np.ndarray, window: int) -> np.ndarray:
+        """(S,) utterances in order -> the same, sorted by length within each window of so many batches."""
+        order = order.copy()
+        for start in range(0, len(order), window * self.batch):
+            part = order[start : start + window * self.batch]
+            part[:] = part[np.argsort(self.lengths[part], kind="stable")]
+        return order
+
+
+def padding(lengths: np.ndarray, batches: np.ndarray) -> float:
+    """Share of the positions of batches (steps, B), each as wide as its longest utterance, that are padding; 0 to 1."""
+    held = lengths[batches].astype(np.float64)
+    positions = held.max(axis=1, initial=0).sum() * batches.shape[1]
+    return 1 - held.sum() / positions if positions else 0.0
 
 
 def micro_batches(batch: np.ndarray, world_size: int, rank: int, accumulation: int) -> np.ndarray:

@@ -9,14 +9,23 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from jointfuse.config import DataSettings
+from jointfuse.config import AugmentSettings, DataSettings
 from jointfuse.data.augment import Augmentation
-from jointfuse.data.batch import Batch, Example, collate
-from jointfuse.data.features import MEL_BINS, SAMPLE_RATE, log_mel
+from jointfuse.data.batch import Example, HostBatch, collate
+from jointfuse.data.features import (
+    FRAMES_PER_SECOND,
+    MEL_BINS,
+    SAMPLE_RATE,
+    FrontEnd,
+    continued,
+    frames_of,
+    to_int16,
+)
 from jointfuse.data.shards import Split
 from jointfuse.errors import UserError
 
 Planned = tuple[np.ndarray, np.ndarray]  # ids (b,), valid (b,)
+Masks = tuple[np.ndarray, np.ndarray]  # of bins and of frames, each (M, 2) int64, first and number
 
 
 class UtteranceReader:
@@ -42,10 +51,20 @@ class UtteranceReader:
         mel_deviation: float,
     ) -> None:
         self.split, self.settings, self.tokenizer, self.audio = split, settings, tokenizer, audio
-        self.mel_mean, self.mel_deviation = mel_mean, mel_deviation
+        self.front_end = FrontEnd(mel_mean, mel_deviation)
         self.max_samples = round(settings.max_seconds * SAMPLE_RATE)
-        self.augmentation: Augmentation | None = None
+        self.augmentation = Augmentation(AugmentSettings(), seed=0, epoch=0)
         self._require_modalities()
+
+    def positions(self, patch: tuple[int, int]) -> np.ndarray:
+        """(S,): how many positions each utterance takes in the model: patches of (bins, frames) where clips are read,
+        else characters, which an index counts and tokens follow."""
+        index = self.split.index
+        if not self.audio:
+            return np.asarray(index["characters"])
+        heard = np.minimum(index["duration_ms"], self.settings.max_seconds * 1000)
+        frames = (heard > 0) + (heard * (FRAMES_PER_SECOND / 1000)).astype(np.int64)
+        return -(-frames // patch[1]) * (MEL_BINS // patch[0])
 
     def augmented(self, augmentation: Augmentation) -> Self:
         """The same utterances, their clips varied."""
@@ -83,37 +102,36 @@ class UtteranceReader:
             if cut_tokens:
                 encoded = self.tokenizer(utterance.text, truncation=True, max_length=self.settings.max_tokens)
             tokens = np.asarray(encoded["input_ids"], dtype=np.int64)
-        mel, cut_audio = torch.empty(0, MEL_BINS), False
+        waveform = None
         if self.audio and utterance.waveform is not None:
-            cut_audio = len(utterance.waveform) > self.max_samples
-            mel = self._mel(id, torch.from_numpy(utterance.waveform))
-        return Example(id, tokens, mel, utterance.label, cut_tokens, cut_audio)
+            waveform = torch.from_numpy(utterance.waveform)
+        cut_audio = waveform is not None and len(waveform) > self.max_samples
+        clip, frames, masks = self._clip(id, waveform)
+        return Example(id, tokens, clip, frames, *masks, utterance.label, cut_tokens, cut_audio)
 
-    def _mel(self, id: int, waveform: torch.Tensor) -> torch.Tensor:
-        """(S,) -> (F, 80), normalised."""
-        if self.augmentation is None:
-            return self._normalised(log_mel(waveform[: self.max_samples]))
+    def _clip(self, id: int, waveform: torch.Tensor | None) -> tuple[torch.Tensor, int, Masks]:
+        """(S,) float32 -> (S' + 512,) int16, its frames, and its masks."""
         draws = self.augmentation.draws(id)
-        mel = log_mel(self.augmentation.waveform(waveform, draws)[: self.max_samples])
-        return self.augmentation.mask(self._normalised(mel), draws)
+        clip, frames = torch.empty(0, dtype=torch.int16), 0
+        if waveform is not None:
+            heard = self.augmentation.waveform(waveform, draws)[: self.max_samples]
+            clip, frames = continued(to_int16(heard)), frames_of(len(heard))
+        return clip, frames, self.augmentation.masks(frames, draws)
 
-    def _normalised(self, mel: torch.Tensor) -> torch.Tensor:
-        return (mel - self.mel_mean) / self.mel_deviation
-
-    def batch(self, planned: Planned) -> Batch:
+    def batch(self, planned: Planned) -> HostBatch:
         ids, valid = planned
         pad = self.tokenizer.pad_token_id if self.tokenizer else 0
         return collate([self[int(id)] for id in ids], valid, pad)
 
 
-class _PlannedBatches(Dataset[Batch]):
+class _PlannedBatches(Dataset[HostBatch]):
     def __init__(self, reader: UtteranceReader, planned: list[Planned]) -> None:
         self.reader, self.planned = reader, planned
 
     def __len__(self) -> int:
         return len(self.planned)
 
-    def __getitem__(self, position: int) -> Batch | UserError:  # type: ignore[override]
+    def __getitem__(self, position: int) -> HostBatch | UserError:  # type: ignore[override]
         # An exception raised in a worker arrives wrapped in its stack trace; a value arrives as it is.
         try:
             return self.reader.batch(self.planned[position])
@@ -121,7 +139,7 @@ class _PlannedBatches(Dataset[Batch]):
             return error
 
 
-def stream(reader: UtteranceReader, planned: Iterable[Planned], workers: int, pin: bool = False) -> Iterator[Batch]:
+def stream(reader: UtteranceReader, planned: Iterable[Planned], workers: int, pin: bool = False) -> Iterator[HostBatch]:
     """Batches in exactly the planned order, whatever the number of workers.
 
     Raises:

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from jointfuse.data.feed import Feed
 from jointfuse.data.plan import evaluation_batches
 from jointfuse.data.stream import UtteranceReader, stream
 from jointfuse.evaluate.metrics import Predictions
@@ -20,13 +21,12 @@ def predict(network: Network, reader: UtteranceReader, workers: int) -> Predicti
     it. The network's mode is restored afterwards.
     """
     device = next(network.parameters()).device
-    index = reader.split.index
-    lengths = index["duration_ms"] if network.reads_audio else index["characters"]
+    lengths = reader.positions(network.settings.vision.patch)
     training = network.training
     network.eval()
     rows: list[tuple[torch.Tensor, ...]] = []
-    for batch in stream(reader, evaluation_batches(lengths, EVALUATION_BATCH, world_size(), group_rank()), workers):
-        batch = batch.to(device)
+    planned = evaluation_batches(lengths, EVALUATION_BATCH, world_size(), group_rank())
+    for batch in Feed(stream(reader, planned, workers, pin=device.type == "cuda"), device, reader.front_end):
         logits, features = network(batch)
         kept = batch.valid
         rows.append((batch.ids[kept], batch.labels[kept], logits[kept], features[kept]))
@@ -36,5 +36,5 @@ def predict(network: Network, reader: UtteranceReader, workers: int) -> Predicti
     sizes = [int(number) for (number,) in gather_numbers(held)]
     ids, labels, logits, features = (gather_rows(part, sizes).cpu().numpy() for part in mine)
     order = np.argsort(ids)
-    assert np.array_equal(ids[order], np.arange(len(index))), "every utterance exactly once"
+    assert np.array_equal(ids[order], np.arange(len(lengths))), "every utterance exactly once"
     return Predictions(labels=labels[order], logits=logits[order], features=features[order])

@@ -48,6 +48,14 @@ class Queue(NamedTuple):
     labels: torch.Tensor
 
 
+class Known(NamedTuple):
+    """What a training loop knows beforehand. The loss then asks neither the device nor the other ranks, and the host
+    waits for neither; what is not finite comes out as a loss that is not."""
+
+    sizes: list[int]  # rows of every rank, all of them valid
+    classes: int  # C; labels are 0 to C - 1
+
+
 class _InterClassContrast(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -56,6 +64,7 @@ class _InterClassContrast(torch.autograd.Function):
         tau: torch.Tensor,
         labels: torch.Tensor,
         sizes: list[int],
+        known_classes: int | None,
         normalize: bool,
         group: dist.ProcessGroup | None,
         backend: str,
@@ -73,8 +82,11 @@ class _InterClassContrast(torch.autograd.Function):
             pool_labels = torch.cat([current_labels, queue.labels])
         kernels = choose_backend(backend, pool.device, pool.dtype, len(pool))
 
-        _, classes = torch.unique(pool_labels, return_inverse=True)  # (K,) 0 to C-1, whatever the labels are
-        counts = torch.bincount(classes)  # (C,)
+        classes, number_of_classes = pool_labels, known_classes  # (K,) 0 to C-1
+        if number_of_classes is None:
+            found, classes = torch.unique(pool_labels, return_inverse=True)
+            number_of_classes = len(found)
+        counts = _counts(classes, number_of_classes)  # (C,)
         sums = _class_sums(pool, classes, len(counts), tau.dtype)  # (C, D)
         partners = counts[classes] - 1  # (K,)
         counted = partners > 0
@@ -96,7 +108,7 @@ class _InterClassContrast(torch.autograd.Function):
         contrasts = positive - lse  # (n,), what is left of two large numbers
         ctx.save_for_backward(pool, classes, sums, tau, norms, g, w, every_lse, contrasts)
         ctx.own, ctx.rows, ctx.ranks, ctx.kernels = own, rows, ranks, kernels
-        sizes_of_pool = torch.stack([tau.new_tensor(len(pool)), tau.new_tensor(rows), number.to(tau.dtype)])
+        sizes_of_pool = torch.stack([tau.new_full((), len(pool)), tau.new_full((), rows), number.to(tau.dtype)])
         outputs = torch.cat([sizes_of_pool, _pairs(pool, classes, counts, sums, rows)]), current, current_labels
         ctx.mark_non_differentiable(*outputs)
         return -ranks * torch.dot(g[own], contrasts), *outputs
@@ -121,7 +133,12 @@ class _InterClassContrast(torch.autograd.Function):
         if learnt:
             # sum_j p_ij s_ij is lse_i less the entropy of p_i.
             tau_gradient = (torch.dot(g[own], contrasts + entropy) * scale).reshape(tau.shape)
-        return gradient.to(pool.dtype), tau_gradient, None, None, None, None, None, None
+        return gradient.to(pool.dtype), tau_gradient, None, None, None, None, None, None, None
+
+
+def _counts(classes: torch.Tensor, number: int) -> torch.Tensor:
+    """(number,) int64: rows of each class. bincount would make the host wait for a GPU."""
+    return classes.new_zeros(number).index_add_(0, classes, torch.ones_like(classes))
 
 
 def _class_sums(
@@ -139,7 +156,7 @@ def _pairs(
 ) -> torch.Tensor:
     """(4,): positives, negatives, and the mean z_i.z_j of either, over anchors i and other keys j."""
     current, dtype = classes[:rows], sums.dtype
-    anchors = torch.bincount(current, minlength=len(counts))  # (C,)
+    anchors = _counts(current, len(counts))  # (C,)
     by_class = _class_sums(pool[:rows], current, len(counts), dtype) if rows < len(pool) else sums
     itself = torch.linalg.vector_norm(pool[:rows], dtype=dtype) ** 2
     same = torch.linalg.vecdot(by_class, sums).sum() - itself
@@ -160,20 +177,25 @@ def contrast(
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
     queue: Queue | None = None,
+    known: Known | None = None,
 ) -> tuple[torch.Tensor, Statistics, Queue]:
     """`inter_class_contrastive_loss`, what its pool was like, and the pool's rows, which a queue may take."""
-    rank = group_rank(group)
-    fault = _fault(features, labels, temperature, valid)
-    if fault is None and valid is not None:
-        features, labels = features[valid], labels[valid]
-    sizes = _agree(features, temperature, fault, rank, group)
+    if known is not None:
+        assert valid is None
+        assert known.sizes[group_rank(group)] == len(features)
+        sizes = known.sizes
+    else:
+        fault = _fault(features, labels, temperature, valid)
+        if fault is None and valid is not None:
+            features, labels = features[valid], labels[valid]
+        sizes = _agree(features, temperature, fault, group_rank(group), group)
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     if isinstance(temperature, torch.Tensor):
         tau = temperature.reshape(1).to(dtype)
     else:
-        tau = torch.tensor([temperature], dtype=dtype, device=features.device)
+        tau = torch.full((1,), temperature, dtype=dtype, device=features.device)
     loss, statistics, z, z_labels = _InterClassContrast.apply(
-        features, tau, labels.long(), sizes, normalize, group, backend, queue
+        features, tau, labels.long(), sizes, known.classes if known else None, normalize, group, backend, queue
     )
     return loss, Statistics(*statistics.unbind()), Queue(z, z_labels)
 
@@ -328,16 +350,29 @@ class InterClassContrastiveLoss(nn.Module):
             self.register_buffer("past_labels", torch.zeros(queue, dtype=torch.long))
             self.register_buffer("past_rows", torch.zeros(1, dtype=torch.long))
         self.statistics: Statistics | None = None
+        self._filled: int | None = None  # past_rows on the host; None: to be read
 
     def tau(self) -> torch.Tensor | float:
         """A tensor (1,) with a gradient where it is trained."""
         return self.temperature() if self.temperature else self.fixed_temperature
 
-    def forward(self, features: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._filled = None
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        labels: torch.Tensor,
+        valid: torch.Tensor | None = None,
+        known: Known | None = None,
+    ) -> torch.Tensor:
         """features (n, D), labels (n,), valid (n,) -> this rank's share of L. In training, the queue moves on."""
         queue = None
         if self.queue:
-            filled = int(self.past_rows)
+            if self._filled is None:
+                self._filled = int(self.past_rows)
+            filled = self._filled
             queue = Queue(self.past_features[:filled].clone(), self.past_labels[:filled].clone())
         loss, self.statistics, rows = contrast(
             features,
@@ -348,6 +383,7 @@ class InterClassContrastiveLoss(nn.Module):
             group=self.group,
             backend=self.backend,
             queue=queue,
+            known=known,
         )
         if queue is not None and self.training:
             self._enqueue(rows, queue)
@@ -360,3 +396,4 @@ class InterClassContrastiveLoss(nn.Module):
         self.past_features[: len(features)] = features
         self.past_labels[: len(features)] = torch.cat([rows.labels, past.labels])[: self.queue]
         self.past_rows.fill_(len(features))
+        self._filled = len(features)

@@ -97,7 +97,7 @@ class Network(nn.Module):
         checkpointing: str = "none",
     ) -> None:
         super().__init__()
-        self.settings, self.checkpointing = settings, checkpointing
+        self.settings, self.classes, self.checkpointing = settings, classes, checkpointing
         self.descriptions: dict[str, Description] = {}
         known = descriptions or {}
         self.reads_text, self.reads_audio = settings.modality != "audio", settings.modality != "text"

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -17,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from jointfuse.config import Config, parse_interval
 from jointfuse.data.augment import Augmentation
 from jointfuse.data.batch import Batch
+from jointfuse.data.feed import Feed, Waited
 from jointfuse.data.plan import Plan, micro_batches
 from jointfuse.data.shards import Corpus
 from jointfuse.data.stream import Planned, UtteranceReader, stream
@@ -85,9 +85,7 @@ class Trainer:
             initialise(network, Path(settings.init_from), self.corpus.labels)
         network.freeze(settings.freeze)
         self.train_reader, self.dev_reader = self._reader("train"), self._reader("dev")
-        index = self.train_reader.split.index
-        lengths = index["duration_ms"] if network.reads_audio else index["characters"]
-        self.plan = Plan(np.asarray(lengths), settings.batch, settings.seed)
+        self.plan = Plan(self.train_reader.positions(config.model.vision.patch), settings.batch, settings.seed)
         self.steps = settings.steps or self.plan.steps_per_epoch * (settings.epochs or 0)
         objective = Objective(network, config.loss, self.division.accumulation)
         if "temperature" in settings.freeze and objective.trained_temperature is not None:
@@ -100,6 +98,7 @@ class Trainer:
                 self.tokenizer.save_pretrained(run / "tokenizer")
         self.base_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.device = self.engine.device
+        self.waited = Waited()
         if checkpoint:
             load_checkpoint(self.engine, checkpoint)
         self.log = MetricsLog(run, self.position.step) if self.rank == 0 else None
@@ -189,7 +188,9 @@ class Trainer:
             planned += zip(*mine, strict=True)
         pin = self.device.type == "cuda"
         augmentation = Augmentation(self.config.data.augment, self.config.train.seed, self.position.epoch)
-        batches = stream(self.train_reader.augmented(augmentation), planned, self.config.data.workers, pin)
+        reader = self.train_reader.augmented(augmentation)
+        host = stream(reader, planned, self.config.data.workers, pin)
+        batches = iter(Feed(host, self.device, reader.front_end, self.waited))
         for row in range(self.position.batch, len(ids)):
             yield int(valid[row].sum()), list(islice(batches, accumulation))
 
@@ -199,7 +200,7 @@ class Trainer:
         for group, base in zip(self.engine.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * factor
         try:
-            self._micro_steps(total, [batch.to(self.device) for batch in micro], window)
+            self._micro_steps(total, micro, window)
         except DivergedError as error:
             raise self.diverged(f"step {position.step}: {error}") from error
         window.end_step(total)
@@ -207,7 +208,7 @@ class Trainer:
     def _micro_steps(self, total: int, micro: list[Batch], window: "_Window") -> None:
         pooled = None
         if self.engine.module.pools_beforehand:
-            pooled = pool_step(self.engine.module, micro, self._seed)
+            pooled = pool_step(self.engine.module, micro, total, self._seed)
         for number, batch in enumerate(micro):
             self._seed(number)
             losses = self.engine(batch, total, *(pooled.gradients(number) if pooled else ()))
@@ -287,7 +288,8 @@ class _Window:
     def _clear(self) -> None:
         # L_ERC, L_ICL, cut texts, cut clips; keys, anchors, counted anchors, positives, negatives and their similarity
         self.sums = torch.zeros(11, device=self.trainer.device)
-        self.micro_steps, self.steps, self.utterances, self.started = 0, 0, 0, time.monotonic()
+        self.micro_steps, self.steps, self.utterances = 0, 0, 0
+        self.started, self.waited = time.monotonic(), self.trainer.waited.seconds
 
     def add(self, losses: dict[str, torch.Tensor], batch: Batch) -> None:
         self.micro_steps += 1
@@ -316,7 +318,8 @@ class _Window:
         loss = erc + trainer.config.loss.icl_weight * icl
         if not math.isfinite(loss):
             raise trainer.diverged(f"the loss is {loss} in steps {position.step - self.steps + 1} to {position.step}")
-        rate = self.utterances / (time.monotonic() - self.started)
+        elapsed = time.monotonic() - self.started
+        rate = self.utterances / elapsed
         trainer.display.figures(position.step, position.epoch, loss, rate)
         if trainer.log:
             norm = trainer.engine.get_global_grad_norm()
@@ -330,6 +333,7 @@ class _Window:
                 learning_rate=trainer.engine.optimizer.param_groups[0]["lr"],
                 gradient_norm=None if norm is None else float(norm),
                 utterances_per_second=rate,
+                data_wait=(trainer.waited.seconds - self.waited) / elapsed,
                 peak_memory_gib=peak_memory(),
                 cut_texts=int(cut_texts),
                 cut_clips=int(cut_clips),

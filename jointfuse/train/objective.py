@@ -7,7 +7,7 @@ from jointfuse.config import LossSettings
 from jointfuse.data.batch import Batch
 from jointfuse.losses import InterClassContrastiveLoss, classification_loss
 from jointfuse.losses.gather import world_size
-from jointfuse.losses.icl import Statistics
+from jointfuse.losses.icl import Known, Statistics
 from jointfuse.model.network import Network
 
 
@@ -38,6 +38,13 @@ class Objective(nn.Module):
         temperature = self.contrast.temperature if self.contrast else None
         return temperature.logarithm if temperature else None
 
+    def known(self, rows: int, total: int, micro_batches: int = 1) -> Known | None:
+        """Of a pool of so many micro-batches of `rows` utterances from every rank; None where the global batch has
+        fillers among its rows."""
+        if total < world_size() * self.accumulation * rows:
+            return None
+        return Known([rows * micro_batches] * world_size(), self.network.classes)
+
     def forward(
         self,
         batch: Batch,
@@ -60,7 +67,8 @@ class Objective(nn.Module):
         if self.contrast is None:
             return losses
         if feature_gradient is None:
-            icl = self.contrast(features, batch.labels, batch.valid)
+            known = self.known(len(features), total)
+            icl = self.contrast(features, batch.labels, None if known else batch.valid, known)
             losses |= {"icl": icl.detach(), "statistics": stacked(self.contrast.statistics)}
         else:
             icl = (features * feature_gradient).sum()

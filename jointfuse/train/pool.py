@@ -30,10 +30,11 @@ class Pooled:
         return self.features[number], self.temperature if number == len(self.features) - 1 else None
 
 
-def pool_step(objective: Objective, batches: list[Batch], seed: Callable[[int], None]) -> Pooled:
+def pool_step(objective: Objective, batches: list[Batch], total: int, seed: Callable[[int], None]) -> Pooled:
     """Every rank calls it, with as many micro-batches.
 
     Args:
+        total: real utterances in the global batch they belong to.
         seed: sets the random state of micro-batch k; called before each forward pass, here and in the second.
     """
     assert objective.contrast is not None
@@ -50,13 +51,15 @@ def pool_step(objective: Objective, batches: list[Batch], seed: Callable[[int], 
         if objective.trained_temperature is not None and objective.trained_temperature.requires_grad:
             leaves.append(tau.requires_grad_())
     settings = objective.settings
+    known = objective.known(len(features[0]), total, len(features))
     icl, statistics, _ = contrast(
         pool,
         torch.cat([batch.labels for batch in batches]),
         tau,
-        valid=torch.cat([batch.valid for batch in batches]),
+        valid=None if known else torch.cat([batch.valid for batch in batches]),
         normalize=settings.normalize,
         backend=settings.backend,
+        known=known,
     )
     gradients = torch.autograd.grad(icl * len(batches), leaves)
     return Pooled(
