@@ -201,6 +201,11 @@ class TrainSettings(Settings):
         description="what the backward pass computes again: fused blocks and unimodal layers as a whole (block), the "
         "same but for attention (attention), or fused blocks in parts (layer)",
     )
+    compile: bool = Field(
+        False,
+        description="fuse what lies between the matrix products with torch.compile: minutes at the start, faster steps "
+        "(ZeRO 0 to 2, checkpointing none or block)",
+    )
     init_from: str | None = Field(None, description="folder of an exported model (RUN/best) to start from")
 
     @field_validator("evaluate_every", "save_every")

@@ -34,7 +34,6 @@ from jointfuse.model.network import Network, part_of
 from jointfuse.train.objective import Objective
 
 T_HEADS, M_HEADS = 3, 2
-TENSORS = ("ids", "tokens", "token_mask", "mel", "frames", "labels", "valid")
 EVERYTHING_BUT_PROMPTS = [part for part in get_args(Part) if part not in ("joint", "heads")]
 
 
@@ -68,9 +67,14 @@ def test_the_stack_and_every_gradient_are_the_equations(routing: str, joint_vect
     found = gradients(network)
     network.zero_grad()
 
-    rows = network.text_encoder(batch.tokens, batch.token_mask)
     assert network.extractor is not None
-    t = network.extractor(rows, batch.token_mask)
+    t = network.text_encoder.embeddings(input_ids=batch.tokens)
+    for layer in network.text_encoder.layers:
+        t = literal.bert_layer(layer, t, batch.token_mask, heads=2)
+    t = network.extractor.enter(t)
+    for layer in network.extractor.layers:
+        t = literal.bert_layer(layer, t, batch.token_mask, heads=2)
+    t = network.extractor.leave(t)
     m, m_mask = network.vision_embed(batch.mel, batch.frames)
     expected = literal.fused(network, t, batch.token_mask, m, m_mask, T_HEADS, M_HEADS)
     torch.testing.assert_close(logits.double(), expected[0], rtol=1e-5, atol=1e-6)
@@ -384,7 +388,10 @@ def test_every_parameter_belongs_to_a_part_and_every_part_has_parameters() -> No
 def test_repeats_that_fill_a_batch_change_neither_losses_nor_gradients(icl_weight: float) -> None:
     filled = make_batch([7, 2, 9, 12], [120, 16, 333, 60], labels=[0, 1, 0, 1])
     filled = replace(filled, valid=torch.tensor([True, True, True, False]))
-    real = replace(filled, **{name: getattr(filled, name)[:3] for name in TENSORS})
+    real = make_batch([7, 2, 9], [120, 16, 333], labels=[0, 1, 0])
+    real = replace(
+        real, **{name: getattr(filled, name)[:3, : getattr(real, name).shape[1]] for name in ("tokens", "mel")}
+    )
     results = []
     for batch in (filled, real):
         network = make_network(model_settings(extractor__dropout=0.0))
@@ -408,7 +415,7 @@ def test_frozen_parts_draw_no_dropout_and_the_others_do() -> None:
     batch = some_batch()
 
     def encode() -> torch.Tensor:
-        return network.text_encoder(batch.tokens, batch.token_mask)
+        return network.text_encoder(batch.tokens, batch.token_mask, batch.token_places)
 
     network.train()
     torch.testing.assert_close(encode(), encode(), rtol=0, atol=0)

@@ -123,6 +123,20 @@ def _copy_values(module: nn.Module, **values: torch.Tensor) -> None:
         getattr(module, name).copy_(value)
 
 
+class LiteralText(nn.Module):
+    """A text encoder of transformers with the weights of ours: tokens and mask (B, T) -> (B, T, d_enc)."""
+
+    def __init__(self, ours: Any, encoder: Any) -> None:
+        super().__init__()
+        _copy(encoder.embeddings, ours.embeddings)
+        like = encoder.encoder.layer[0]
+        encoder.encoder.layer = nn.ModuleList(original_language(layer, like) for layer in ours.layers)
+        self.encoder = encoder
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+
+
 class LiteralNetwork(nn.Module):
     """A Network's twin of the same weights, its parts under the same names. Only the input of the ViT is ours.
 
@@ -141,13 +155,15 @@ class LiteralNetwork(nn.Module):
             raise UserError(
                 "the literal form is written for model.modality=both, model.routing=modality, joint vectors"
             )
+        text: Any = language_backbone(settings.text_encoder, "", 0, described["text_encoder"])[0]
         language: Any = language_backbone(settings.language, "", 0, described["language"])[0].encoder
-        if hasattr(language, "relative_attention_bias"):
+        if any(hasattr(encoder, "relative_attention_bias") for encoder in (language, text.encoder)):
             raise UserError("the literal form is written for encoders of BERT's kin, not for MPNet")
         frames = 1 + round(max_seconds * FRAMES_PER_SECOND)
         vision: Any = vision_backbone(settings.vision, frames, described["vision"])[0]
         ours: Any = copy.deepcopy(network)
-        self.text_encoder, self.vision_embed, self.vision_norm = ours.text_encoder, ours.vision_embed, ours.vision_norm
+        self.text_encoder = LiteralText(ours.text_encoder, text)
+        self.vision_embed, self.vision_norm = ours.vision_embed, ours.vision_norm
         self.text_head, self.audio_head = ours.text_head, ours.audio_head
         self.extractor = ours.extractor
         if ours.extractor is not None:

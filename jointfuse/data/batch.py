@@ -32,6 +32,7 @@ class Batch:
     ids: torch.Tensor  # (B,) int64, positions in the split's index
     tokens: torch.Tensor  # (B, T) int64
     token_mask: torch.Tensor  # (B, T) bool
+    token_places: torch.Tensor  # (N,) int64: where tokens are, counted through (B, T); [CLS] for no text
     mel: torch.Tensor  # (B, F, 80) float32, zeros behind each clip's end
     frames: torch.Tensor  # (B,) int64
     labels: torch.Tensor  # (B,) int64
@@ -47,6 +48,7 @@ class HostBatch:
     ids: torch.Tensor
     tokens: torch.Tensor
     token_mask: torch.Tensor
+    token_places: torch.Tensor
     clips: torch.Tensor  # (B, S + 512) int16, zeros behind each clip's end
     frames: torch.Tensor
     bin_masks: torch.Tensor  # (B, M, 2) int64, first and number
@@ -81,11 +83,14 @@ def collate(examples: list[Example], valid: np.ndarray, pad_token: int) -> HostB
         tokens[row, : len(example.tokens)] = torch.from_numpy(example.tokens)
         token_mask[row, : len(example.tokens)] = True
         clips[row, : len(example.clip)] = example.clip
+    standing = token_mask.clone()
+    standing[:, 0] = True
     counted = [example for example, counts in zip(examples, valid, strict=True) if counts]
     return HostBatch(
         ids=torch.tensor([e.id for e in examples]),
         tokens=tokens,
         token_mask=token_mask,
+        token_places=standing.flatten().nonzero()[:, 0],
         clips=clips,
         frames=torch.tensor([e.frames for e in examples]),
         bin_masks=torch.from_numpy(np.stack([e.bin_masks for e in examples])),

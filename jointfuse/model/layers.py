@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from jointfuse.errors import UserError
+from jointfuse.model.packing import packed, unpacked
 
 # Encoders whose layers see no positions of their own, and MPNet, whose relative bias is supplied here.
 LANGUAGE_FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet")
@@ -65,11 +66,19 @@ class Layer(nn.Module):
         self.relative_bias = relative_bias
         self.training = query.training
 
-    def forward(self, rows: torch.Tensor, mask: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
-        """rows (B, S, D), mask (B, S) bool with true for real positions -> (B, S, D), or (B, 1, D) of [CLS] alone."""
+    def forward(
+        self, rows: torch.Tensor, mask: torch.Tensor, cls_only: bool = False, places: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """rows (B, S, D), mask (B, S) bool with true for real positions -> (B, S, D), or (B, 1, D) of [CLS] alone.
+
+        With `places` (N,), where the mask is true: rows (1, N, D) packed -> (1, N, D).
+        """
         queries = 1 if cls_only else rows.shape[1]
         q, k, v = self.project(rows, queries)
-        return self.finish(rows[:, :queries], self.attend(q, k, v, mask, self.position_bias(queries, rows.shape[1])))
+        if places is not None:
+            q, k, v = (unpacked(x.transpose(1, 2), places, mask).transpose(1, 2) for x in (q, k, v))
+        attended = self.attend(q, k, v, mask, self.position_bias(q.shape[2], k.shape[2]))
+        return self.finish(rows[:, :queries], attended if places is None else packed(attended, places))
 
     def project(self, rows: torch.Tensor, queries: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """rows (B, S, D) -> queries of the first rows, keys and values of all, (B, heads, ..., D / heads)."""
@@ -212,9 +221,9 @@ class Extractor(nn.Module):
         self.layers = nn.ModuleList(language_layers(AutoModel.from_config(config)))
         self.leave = nn.Linear(width, d_t)
 
-    def forward(self, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """rows (B, S, d_enc), mask (B, S) bool -> (B, S, d_t)"""
+    def forward(self, rows: torch.Tensor, mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """rows (1, N, d_enc) packed, mask (B, T) bool, places (N,) -> (1, N, d_t)"""
         rows = self.enter(rows)
         for layer in self.layers:
-            rows = layer(rows, mask)
+            rows = layer(rows, mask, places=places)
         return self.leave(rows)

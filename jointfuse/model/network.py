@@ -14,25 +14,33 @@ from jointfuse.data.batch import Batch
 from jointfuse.data.features import FRAMES_PER_SECOND
 from jointfuse.errors import UserError
 from jointfuse.model.backbones import Description, language_backbone, vision_backbone
+from jointfuse.model.fused import Fused
 from jointfuse.model.joint import JointBlock
 from jointfuse.model.layers import Extractor, Layer, language_layers, longest_text, vision_layers
+from jointfuse.model.packing import packed, unpacked
 from jointfuse.model.recompute import recomputed, recomputed_but_attention
 
 
 class TextInput(nn.Module):
-    """Text encoder: tokens (B, T) -> one of its hidden states (B, T, d_enc); [CLS] is token 0."""
+    """Text encoder: tokens (B, T) -> one of its hidden states, packed (1, N, d_enc); [CLS] is token 0."""
 
-    def __init__(self, encoder: nn.Module, hidden_state: int | None, setting: str) -> None:
+    def __init__(self, encoder: Any, hidden_state: int | None, setting: str) -> None:
         super().__init__()
-        layers: nn.ModuleList = encoder.encoder.layer  # type: ignore[union-attr, assignment]
-        if hidden_state is not None:
-            if hidden_state > len(layers):
-                raise UserError(f"{setting} = {hidden_state}: the encoder has {len(layers)} layers")
-            del layers[hidden_state:]
-        self.encoder = encoder
+        layers = language_layers(encoder)
+        if hidden_state is not None and hidden_state > len(layers):
+            raise UserError(f"{setting} = {hidden_state}: the encoder has {len(layers)} layers")
+        self.embeddings = encoder.embeddings
+        self.widen = getattr(encoder, "embeddings_project", None)  # ELECTRA's small ones
+        self.layers = nn.ModuleList(layers[:hidden_state])
 
-    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self.encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """tokens and mask (B, T), places (N,) where the mask is true -> (1, N, d_enc)"""
+        rows = packed(self.embeddings(input_ids=tokens), places)
+        if self.widen is not None:
+            rows = self.widen(rows)
+        for layer in self.layers:
+            rows = layer(rows, mask, places=places)
+        return rows
 
 
 class MelInput(nn.Module):
@@ -80,7 +88,7 @@ class Network(nn.Module):
         max_seconds: longest clip; its grid of patches is what positions are resampled to.
         tokenizer_size: vocabulary of an encoder built from scratch.
         descriptions: of an exported model's backbones; nothing pretrained is read then.
-        checkpointing: none, block, attention or layer; as `train.checkpointing`.
+        checkpointing, compiled: as `train.checkpointing` and `train.compile`.
 
     Raises:
         UserError: weights that cannot be had, backbones that cannot serve or do not fit together.
@@ -95,9 +103,11 @@ class Network(nn.Module):
         tokenizer_size: int = 0,
         descriptions: dict[str, Description] | None = None,
         checkpointing: str = "none",
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.settings, self.classes, self.checkpointing = settings, classes, checkpointing
+        self.fused = Fused() if compiled else None
         self.descriptions: dict[str, Description] = {}
         known = descriptions or {}
         self.reads_text, self.reads_audio = settings.modality != "audio", settings.modality != "text"
@@ -205,12 +215,12 @@ class Network(nn.Module):
         mask[:, 0] = True  # [CLS] stands for a text that is not there: attention needs one position
         # A frozen encoder needs no graph; its dropout is off because frozen parts stay in eval mode.
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.text_encoder)):
-            rows = self._run(self.text_encoder, batch.tokens, mask)
+            rows = self._run(self.text_encoder, batch.tokens, mask, batch.token_places)
         if self.extractor is not None:
-            rows = self._run(self.extractor, rows, mask)
+            rows = self._run(self.extractor, rows, mask, batch.token_places)
         for layer in self.language_stem:
-            rows = self._run(layer, rows, mask)
-        return rows, mask, present
+            rows = self._run(layer, rows, mask, False, batch.token_places)
+        return unpacked(rows, batch.token_places, mask), mask, present
 
     def _audio(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows, mask = self.vision_embed(batch.mel, batch.frames)
@@ -219,12 +229,13 @@ class Network(nn.Module):
         return rows, mask, batch.frames > 0
 
     def _run(self, layer: nn.Module, *inputs: torch.Tensor | bool) -> Any:
+        function = self.fused(layer) if self.fused and self.training else layer
         if self.checkpointing == "none" or not (self.training and torch.is_grad_enabled() and _trains(layer)):
-            return layer(*inputs)
+            return function(*inputs)
         if self.checkpointing == "layer" and isinstance(layer, JointBlock):
             return layer(*inputs, run=recomputed)
         run = recomputed_but_attention if self.checkpointing == "attention" else recomputed
-        return run(layer, *inputs)
+        return run(function, *inputs)
 
     def parts(self) -> Iterator[tuple[Part, str, nn.Parameter]]:
         """Every parameter with its name and the part of the model it belongs to."""

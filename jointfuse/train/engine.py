@@ -105,6 +105,20 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
+def check_compile(settings: TrainSettings, stage: int) -> None:
+    """Raises UserError where `train.compile` does not go with other settings."""
+    if not settings.compile:
+        return
+    if stage == 3:
+        raise UserError(
+            "train.compile: ZeRO-3 takes layers apart between steps; choose a DeepSpeed file of stage 0 to 2"
+        )
+    if settings.checkpointing in ("attention", "layer"):
+        raise UserError(
+            f"train.compile: train.checkpointing = {settings.checkpointing} is not for it; choose none or block"
+        )
+
+
 def check_precision(ds_config: dict[str, Any], name: str) -> None:
     """Raises UserError where the machine's device cannot train in the file's precision."""
     accelerator = get_accelerator()

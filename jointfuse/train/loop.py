@@ -37,7 +37,7 @@ from jointfuse.train.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from jointfuse.train.engine import divide, full_state, read_ds_config, start_engine
+from jointfuse.train.engine import check_compile, divide, full_state, read_ds_config, start_engine, zero_stage
 from jointfuse.train.objective import Objective
 from jointfuse.train.pool import pool_step
 from jointfuse.train.progress import Display, peak_memory
@@ -65,7 +65,7 @@ class Trainer:
         settings = config.train
         check_run_folder(run, resume)
         self.division = divide(settings, self.world_size)
-        read_ds_config(settings)
+        check_compile(settings, zero_stage(read_ds_config(settings)))
         checkpoint = latest_checkpoint(run) if resume else None
         self.corpus = open_corpus(config)
         self.position = Position(world_size=self.world_size, corpus=corpus_digest(self.corpus))
@@ -80,6 +80,7 @@ class Trainer:
             config.data.max_seconds,
             tokenizer_size=len(self.tokenizer) if self.tokenizer else 0,
             checkpointing=settings.checkpointing,
+            compiled=settings.compile,
         )
         if settings.init_from:
             initialise(network, Path(settings.init_from), self.corpus.labels)
