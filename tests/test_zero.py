@@ -52,7 +52,7 @@ def every_stage(recipe: Path, files: dict[int, Path], folder: Path) -> Runs:
             (again / "metrics.jsonl").write_text("".join(lines[:14]) + lines[14][:20], encoding="utf-8")
         dist.barrier()
         runs["resumed", stage] = train(recipe, again, *settings, resume=True)
-        if stage in (0, 3):
+        if stage == 3:
             recomputed = (*settings, "train.checkpointing=block")
             runs["recomputed", stage] = train(recipe, folder / f"recomputed{stage}", *recomputed, stop_after=4)
     return runs
@@ -93,7 +93,6 @@ def test_a_run_resumed_in_mid_epoch_is_the_run_that_was_never_stopped(runs: Runs
     assert resumed.position == straight.position
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_recomputing_layers_changes_no_loss(runs: Runs, stage: int) -> None:
-    recomputed = runs["recomputed", stage].losses
-    assert np.abs(recomputed - runs["straight", stage].losses[:4]).max() < LOSS_TOLERANCE
+def test_recomputing_layers_whose_parameters_are_sharded_changes_no_loss(runs: Runs) -> None:
+    recomputed = runs["recomputed", 3].losses
+    assert np.abs(recomputed - runs["straight", 3].losses[:4]).max() < LOSS_TOLERANCE

@@ -90,7 +90,7 @@ class _InterClassContrast(torch.autograd.Function):
         sums = _class_sums(pool, classes, len(counts), tau.dtype)  # (C, D)
         partners = counts[classes] - 1  # (K,)
         counted = partners > 0
-        counted[rows:] = False  # keys of the queue are no anchors
+        counted[rows:].fill_(False)  # keys of the queue are no anchors
         number = counted.sum()
         g = counted.to(tau.dtype) / number.clamp_min(1)  # (K,)
         w = g / partners.clamp_min(1)  # (K,)

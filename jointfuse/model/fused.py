@@ -16,6 +16,8 @@ class Fused:
     The modules themselves, and so their parameters' names, stay as they are.
     """
 
+    backend = "inductor"
+
     def __init__(self) -> None:
         import torch._dynamo.config as dynamo
 
@@ -24,5 +26,5 @@ class Fused:
 
     def __call__(self, module: nn.Module) -> Callable[..., Any]:
         if module not in self.made:
-            self.made[module] = torch.compile(module, dynamic=True)
+            self.made[module] = torch.compile(module, dynamic=True, backend=self.backend)
         return self.made[module]

@@ -212,7 +212,7 @@ class Network(nn.Module):
     def _text(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         present = batch.token_mask.any(dim=1)
         mask = batch.token_mask.clone()
-        mask[:, 0] = True  # [CLS] stands for a text that is not there: attention needs one position
+        mask[:, 0].fill_(True)  # [CLS] stands for a text that is not there: attention needs one position
         # A frozen encoder needs no graph; its dropout is off because frozen parts stay in eval mode.
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.text_encoder)):
             rows = self._run(self.text_encoder, batch.tokens, mask, batch.token_places)

@@ -111,11 +111,12 @@ def check_compile(settings: TrainSettings, stage: int) -> None:
         return
     if stage == 3:
         raise UserError(
-            "train.compile: ZeRO-3 takes layers apart between steps; choose a DeepSpeed file of stage 0 to 2"
+            "train.compile: under ZeRO-3 layers are never whole for long; choose a DeepSpeed file of stage 0 to 2"
         )
     if settings.checkpointing in ("attention", "layer"):
         raise UserError(
-            f"train.compile: train.checkpointing = {settings.checkpointing} is not for it; choose none or block"
+            f"train.compile: train.checkpointing = {settings.checkpointing} cannot see into compiled layers; "
+            "choose none or block"
         )
 
 
