@@ -177,6 +177,6 @@ def saved_bytes(work: Callable[[], Any]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = work()
-    del kept
+        graph = work()
+    del graph
     return sum(storages.values())

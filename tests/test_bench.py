@@ -12,7 +12,7 @@ from rich.console import Console
 from training_fixtures import corpus, recipe
 
 from jointfuse.bench import block, icl, step
-from jointfuse.bench.device import peak_bytes
+from jointfuse.bench.device import held_bytes, peak_bytes
 from jointfuse.errors import UserError
 
 __all__ = ["corpus", "recipe"]
@@ -94,7 +94,8 @@ def test_a_step_is_timed_beside_the_plain_model_that_loses_the_same(recipe: Path
     out = tmp_path / "result.json"
     # Weight decay, rates of single parts, several steps: the plain model must follow all of it.
     settings = ["loss.train_temperature=false", "train.batch=8", "train.optimizer=adamw", "train.weight_decay=0.1"]
-    command = [*BENCH[:-1], "step", "--recipe", str(recipe), "--steps", "4", "--out", str(out)]
+    trace = tmp_path / "trace.json"
+    command = [*BENCH[:-1], "step", "--recipe", str(recipe), "--steps", "4", "--out", str(out), "--profile", str(trace)]
     ended = run_program([*command, *settings, "train.part_lr={heads: 1.0e-2}", "train.lr=1e-3"])
     assert ended.returncode == 0, ended.stderr
     result = json.loads(out.read_text())
@@ -104,6 +105,27 @@ def test_a_step_is_timed_beside_the_plain_model_that_loses_the_same(recipe: Path
     assert result["ratio"] == pytest.approx(result["plain_seconds"] / result["ours_seconds"])
     assert 0 <= result["share_of_data_wait"] < 1
     assert result["share_of_matmul"] > 0
+    assert any(event.get("name") == "aten::addmm" for event in json.loads(trace.read_text())["traceEvents"])
+
+
+def test_every_mode_of_checkpointing_is_timed_and_weighed(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    command = [*BENCH[:-1], "checkpointing", "--recipe", str(recipe), "--steps", "1", "--out", str(out)]
+    ended = run_program(command)
+    assert ended.returncode == 0, ended.stderr
+    modes = json.loads(out.read_text())["modes"]
+    assert list(modes) == ["none", "block", "attention", "layer"]
+    for mode, found in modes.items():
+        assert mode in ended.stdout
+        assert found["seconds"] > 0
+        assert found["peak_bytes"] is None or found["peak_bytes"] >= 0
+
+
+def test_what_a_graph_holds_is_weighed() -> None:
+    size = 64 * 2**20
+    weight = torch.ones(size // 4, requires_grad=True)
+    held = held_bytes(lambda: (weight * 2).exp().sum())
+    assert held is None or 0.9 * size < held < 1.5 * size
 
 
 @pytest.mark.parametrize(
@@ -117,7 +139,7 @@ def test_a_step_is_timed_beside_the_plain_model_that_loses_the_same(recipe: Path
 )
 def test_settings_the_plain_model_does_not_know_are_refused(setting: str, message: str, recipe: Path) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        step.benchmark_step(str(recipe), ["loss.train_temperature=false", setting], 2, 2, None, Console())
+        step.benchmark_step(str(recipe), ["loss.train_temperature=false", setting], 2, 2, None, None, Console())
 
 
 def test_a_method_with_other_results_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

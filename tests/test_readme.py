@@ -36,6 +36,9 @@ SHORTER = {
     "python -m jointfuse.bench step --recipe demo data.corpus=corpora/demo": {
         "--recipe demo": "--recipe demo --steps 2"
     },
+    "python -m jointfuse.bench checkpointing --recipe demo data.corpus=corpora/demo": {
+        "--recipe demo": "--recipe demo --steps 1"
+    },
 }
 # .ci/run runs the first two as they are, and the third within the first, with another recipe and one seed.
 IN_CI = [

@@ -1,4 +1,4 @@
-"""python -m jointfuse.bench icl | block | step"""
+"""python -m jointfuse.bench icl | block | step | checkpointing"""
 
 import sys
 from pathlib import Path
@@ -59,11 +59,27 @@ def step(
     ranks: Annotated[int, typer.Option(min=1, help="processes")] = 2,
     steps: Annotated[int, typer.Option(min=2, help="steps of each model")] = 10,
     out: Annotated[Path | None, typer.Option(help="result file; build/bench/step-DEVICE.json unless set")] = None,
+    profile: Annotated[Path | None, typer.Option(help="also trace a step of ours, for chrome://tracing")] = None,
 ) -> None:
     """A training step beside the same model written plainly with transformers, timm and DDP."""
     from jointfuse.bench.step import benchmark_step
 
-    benchmark_step(recipe, overrides, ranks, steps, out, _console())
+    benchmark_step(recipe, overrides, ranks, steps, out, profile, _console())
+
+
+@app.command()
+def checkpointing(
+    recipe: Annotated[str, typer.Option(help="a recipe by name, or a path to a .yaml file")],
+    overrides: Annotated[list[str], typer.Argument(help="settings, as section.key=value")],
+    steps: Annotated[int, typer.Option(min=1, help="steps of each mode")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(help="result file; build/bench/checkpointing-DEVICE.json unless set")
+    ] = None,
+) -> None:
+    """What each mode of train.checkpointing costs in time and saves in memory, on one rank."""
+    from jointfuse.bench.checkpointing import benchmark_checkpointing
+
+    benchmark_checkpointing(recipe, overrides, steps, out, _console())
 
 
 def _console() -> Console:

@@ -60,16 +60,41 @@ def peak_bytes(work: Callable[[], Any]) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        # Freed blocks go back to the system at once, and the high-water mark starts from here.
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
-        libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        _give_back_freed_blocks()
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
         before = _status("VmRSS")
         work()
         return max(0, _status("VmHWM") - before)
     except OSError:
         return None
+
+
+def held_bytes(work: Callable[[], Any]) -> int | None:
+    """Memory held by what `work` returns, an autograd graph with all it keeps; None where the system does not tell."""
+    gc.collect()
+    try:
+        before = _held()
+        result = work()
+        held = _held() - before
+    except OSError:
+        return None
+    del result
+    return max(0, held)
+
+
+def _held() -> int:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+    _give_back_freed_blocks()
+    return _status("VmRSS")
+
+
+def _give_back_freed_blocks() -> None:
+    """From here on freed blocks go back to the system at once."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+    libc.malloc_trim(0)
 
 
 def _status(key: str) -> int:

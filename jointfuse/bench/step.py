@@ -44,7 +44,13 @@ LARGEST_DIFFERENCE = 1e-4  # of losses, float32
 
 
 def benchmark_step(
-    recipe: str, overrides: list[str], ranks: int, steps: int, out: Path | None, console: Console
+    recipe: str,
+    overrides: list[str],
+    ranks: int,
+    steps: int,
+    out: Path | None,
+    profile: Path | None,
+    console: Console,
 ) -> dict[str, Any]:
     """Measure, print a table, write the result file. See `python -m jointfuse.bench step --help`.
 
@@ -72,7 +78,7 @@ def benchmark_step(
     if config.train.micro_batch not in (None, config.train.batch // ranks):
         raise UserError("train.micro_batch: the plain model knows no gradient accumulation; leave it out")
     with tempfile.TemporaryDirectory() as folder:
-        figures = on_ranks(ranks, _measure, config.model_dump_json(), steps, folder)[0]
+        figures = on_ranks(ranks, _measure, config.model_dump_json(), steps, folder, profile)[0]
     worst = max(abs(ours - plain) for ours, plain in zip(figures["ours_losses"], figures["plain_losses"], strict=True))
     figures["largest_difference"] = worst
     if not worst < LARGEST_DIFFERENCE * max(map(abs, figures["plain_losses"])):
@@ -81,7 +87,7 @@ def benchmark_step(
     return write_result("step", {"recipe": config.recipe, "ranks": ranks, "steps": steps} | figures, out, console)
 
 
-class _Losses:
+class Losses:
     """What a step of the Trainer reports to, in place of its log."""
 
     def __init__(self) -> None:
@@ -94,7 +100,7 @@ class _Losses:
         pass
 
 
-def _measure(settings: str, steps: int, folder: str) -> dict[str, Any]:
+def _measure(settings: str, steps: int, folder: str, profile: Path | None) -> dict[str, Any]:
     """What a rank sees; losses are means over ranks."""
     from jointfuse.train.loop import Trainer
 
@@ -102,9 +108,9 @@ def _measure(settings: str, steps: int, folder: str) -> dict[str, Any]:
     logging.disable(logging.INFO)
     trainer = Trainer(Config.model_validate_json(settings), Path(folder) / "run", resume=False)
     plain = _Plain(trainer)
-    recorded: Any = _Losses()
+    recorded: Any = Losses()
     ours, theirs = _Times(), _Times()
-    batches = _endless(trainer)
+    batches = whole_batches(trainer)
     for number in range(steps + 1):  # the first is not counted: kernels are chosen, buffers made
         total, micro = next(batches)
         trainer.position.step = number + 1
@@ -122,6 +128,12 @@ def _measure(settings: str, steps: int, folder: str) -> dict[str, Any]:
     elapsed = time.perf_counter() - started
     share_of_wait = (trainer.waited.seconds - waited) / elapsed
 
+    if profile and dist.get_rank() == 0:
+        with torch.profiler.profile(record_shapes=True) as trace:
+            trainer._step(*next(batches), recorded)
+        trace.export_chrome_trace(str(profile))
+    elif profile:
+        trainer._step(*next(batches), recorded)
     batch = trainer.plan.batch
     with FlopCounterMode(display=False) as counter:
         total, micro = next(batches)
@@ -160,7 +172,7 @@ class _Times:
         return (every / dist.get_world_size()).tolist()
 
 
-def _endless(trainer: Any) -> Iterator[tuple[int, list[Batch]]]:
+def whole_batches(trainer: Any) -> Iterator[tuple[int, list[Batch]]]:
     """The training batches, epoch after epoch, whole ones alone."""
     while True:
         for total, micro in trainer._batches():
