@@ -105,6 +105,7 @@ def test_a_step_is_timed_beside_the_plain_model_that_loses_the_same(recipe: Path
     assert result["ratio"] == pytest.approx(result["plain_seconds"] / result["ours_seconds"])
     assert 0 <= result["share_of_data_wait"] < 1
     assert result["share_of_matmul"] > 0
+    assert result["ours_peak_bytes"] is None or result["ours_peak_bytes"] > 0
     assert any(event.get("name") == "aten::addmm" for event in json.loads(trace.read_text())["traceEvents"])
 
 

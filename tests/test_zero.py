@@ -19,6 +19,7 @@ __all__ = ["corpus", "recipe"]
 
 pytestmark = pytest.mark.required
 STAGES = (0, 1, 2, 3)
+RECOMPUTED = ("block", "attention", "layer")
 STOP = 9  # of 20 steps; an epoch has 8
 # Two ranks, float32, dropout on (the same draws at every stage), 20 steps of a loss near 1: sums in another order are
 # all that may differ.
@@ -53,8 +54,9 @@ def every_stage(recipe: Path, files: dict[int, Path], folder: Path) -> Runs:
         dist.barrier()
         runs["resumed", stage] = train(recipe, again, *settings, resume=True)
         if stage == 3:
-            recomputed = (*settings, "train.checkpointing=block")
-            runs["recomputed", stage] = train(recipe, folder / f"recomputed{stage}", *recomputed, stop_after=4)
+            for mode in RECOMPUTED:
+                recomputed = (*settings, f"train.checkpointing={mode}")
+                runs[f"recomputed {mode}", stage] = train(recipe, folder / mode, *recomputed, stop_after=4)
     return runs
 
 
@@ -93,6 +95,7 @@ def test_a_run_resumed_in_mid_epoch_is_the_run_that_was_never_stopped(runs: Runs
     assert resumed.position == straight.position
 
 
-def test_recomputing_layers_whose_parameters_are_sharded_changes_no_loss(runs: Runs) -> None:
-    recomputed = runs["recomputed", 3].losses
+@pytest.mark.parametrize("mode", RECOMPUTED)
+def test_recomputing_layers_whose_parameters_are_sharded_changes_no_loss(runs: Runs, mode: str) -> None:
+    recomputed = runs[f"recomputed {mode}", 3].losses
     assert np.abs(recomputed - runs["straight", 3].losses[:4]).max() < LOSS_TOLERANCE

@@ -44,7 +44,7 @@ RECIPE: dict[str, Any] = {
         "deepspeed": "zero2",
         "batch": 6,
         "steps": 20,
-        "lr": 2.0e-3,
+        "lr": 1.0e-3,
         "freeze": [],
         "evaluate_every": "100 steps",
         "save_every": "100 steps",

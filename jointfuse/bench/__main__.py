@@ -55,7 +55,7 @@ def block(
 @app.command()
 def step(
     recipe: Annotated[str, typer.Option(help="a recipe by name, or a path to a .yaml file")],
-    overrides: Annotated[list[str], typer.Argument(help="settings, as section.key=value")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings, as section.key=value")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="processes")] = 2,
     steps: Annotated[int, typer.Option(min=2, help="steps of each model")] = 10,
     out: Annotated[Path | None, typer.Option(help="result file; build/bench/step-DEVICE.json unless set")] = None,
@@ -64,13 +64,13 @@ def step(
     """A training step beside the same model written plainly with transformers, timm and DDP."""
     from jointfuse.bench.step import benchmark_step
 
-    benchmark_step(recipe, overrides, ranks, steps, out, profile, _console())
+    benchmark_step(recipe, overrides or [], ranks, steps, out, profile, _console())
 
 
 @app.command()
 def checkpointing(
     recipe: Annotated[str, typer.Option(help="a recipe by name, or a path to a .yaml file")],
-    overrides: Annotated[list[str], typer.Argument(help="settings, as section.key=value")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings, as section.key=value")] = None,
     steps: Annotated[int, typer.Option(min=1, help="steps of each mode")] = 5,
     out: Annotated[
         Path | None, typer.Option(help="result file; build/bench/checkpointing-DEVICE.json unless set")
@@ -79,7 +79,7 @@ def checkpointing(
     """What each mode of train.checkpointing costs in time and saves in memory, on one rank."""
     from jointfuse.bench.checkpointing import benchmark_checkpointing
 
-    benchmark_checkpointing(recipe, overrides, steps, out, _console())
+    benchmark_checkpointing(recipe, overrides or [], steps, out, _console())
 
 
 def _console() -> Console:
@@ -89,7 +89,7 @@ def _console() -> Console:
 def main() -> None:
     try:
         app()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

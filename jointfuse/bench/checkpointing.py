@@ -14,7 +14,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from jointfuse.bench.device import device_name, held_bytes, peak_bytes, seconds
+from jointfuse.bench.device import device_name, held_bytes, mebibytes, peak_bytes, seconds
 from jointfuse.bench.ranks import on_ranks
 from jointfuse.bench.result import write_result
 from jointfuse.bench.step import Losses, whole_batches
@@ -43,8 +43,8 @@ def benchmark_checkpointing(
             mode,
             f"{config.train.batch / found['seconds']:.1f}",
             f"{modes['none']['seconds'] / found['seconds']:.2f}",
-            _mebibytes(found["kept_bytes"]),
-            _mebibytes(found["peak_bytes"]),
+            mebibytes(found["kept_bytes"]),
+            mebibytes(found["peak_bytes"]),
         )
     console.print(table)
     return write_result("checkpointing", {"recipe": config.recipe, "steps": steps, "modes": modes}, out, console)
@@ -82,7 +82,3 @@ def _measure(settings: str, steps: int, folder: str) -> dict[str, dict[str, Any]
 
 def _largest(found: list[int | None]) -> int | None:
     return max((number for number in found if number is not None), default=None)
-
-
-def _mebibytes(number: int | None) -> str:
-    return "not told here" if number is None else f"{number / 2**20:,.0f}"

@@ -82,6 +82,10 @@ def held_bytes(work: Callable[[], Any]) -> int | None:
     return max(0, held)
 
 
+def mebibytes(number: int | None) -> str:
+    return "not told here" if number is None else f"{number / 2**20:,.0f}"
+
+
 def _held() -> int:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

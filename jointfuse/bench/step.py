@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from jointfuse.bench.device import device_name, matmul_rate, seconds
+from jointfuse.bench.device import device_name, matmul_rate, mebibytes, peak_bytes, seconds
 from jointfuse.bench.icl import gathered_dense_loss
 from jointfuse.bench.literal import LiteralNetwork
 from jointfuse.bench.ranks import on_ranks
@@ -75,6 +75,8 @@ def benchmark_step(
     ):
         if value != wanted:
             raise UserError(f"{setting} = {value}: the plain model is written for {wanted}")
+    if profile and not profile.absolute().parent.is_dir():
+        raise UserError(f"--profile {profile}: there is no folder {profile.absolute().parent}")
     if config.train.micro_batch not in (None, config.train.batch // ranks):
         raise UserError("train.micro_batch: the plain model knows no gradient accumulation; leave it out")
     with tempfile.TemporaryDirectory() as folder:
@@ -134,6 +136,10 @@ def _measure(settings: str, steps: int, folder: str, profile: Path | None) -> di
         trace.export_chrome_trace(str(profile))
     elif profile:
         trainer._step(*next(batches), recorded)
+    # Last: measuring memory slows allocation down.
+    total, micro = next(batches)
+    ours_peak = peak_bytes(partial(trainer._step, total, micro, recorded))
+    plain_peak = peak_bytes(partial(plain.step, micro[0], steps))
     batch = trainer.plan.batch
     with FlopCounterMode(display=False) as counter:
         total, micro = next(batches)
@@ -146,6 +152,8 @@ def _measure(settings: str, steps: int, folder: str, profile: Path | None) -> di
         "ratio": theirs.typical() / ours.typical(),
         "ours_losses": ours.losses(),
         "plain_losses": theirs.losses(),
+        "ours_peak_bytes": ours_peak,
+        "plain_peak_bytes": plain_peak,
         "share_of_data_wait": share_of_wait,
         "matmul_flops": rate,
         "share_of_matmul": counter.get_total_flops() / ours.typical() / rate,
@@ -245,6 +253,8 @@ def _table(figures: dict[str, Any], config: Config, ranks: int) -> Table:
         table.add_row(f"{name}, utterances a second", f"{figures['batch'] / figures[key]:.1f}")
     table.add_row("plain / jointfuse, time of a step", f"{figures['ratio']:.2f}")
     table.add_row("largest difference of losses", f"{figures['largest_difference']:.1e}")
+    for name, key in (("jointfuse", "ours_peak_bytes"), ("plain", "plain_peak_bytes")):
+        table.add_row(f"{name}, memory a step needs besides what is held, MiB", mebibytes(figures[key]))
     table.add_row("jointfuse: share of time that waits for data", f"{figures['share_of_data_wait']:.1%}")
     table.add_row("jointfuse: operations counted, share of the matmul rate", f"{figures['share_of_matmul']:.0%}")
     return table

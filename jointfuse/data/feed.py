@@ -53,6 +53,7 @@ class Feed:
             yield batch
 
     def _copied(self) -> Iterator[tuple[Batch, torch.cuda.Event]]:
+        torch.cuda.set_device(self.device)  # a thread begins with the first one
         side = torch.cuda.Stream(self.device)
         for host in self.batches:
             with torch.cuda.stream(side):

@@ -44,6 +44,8 @@ from jointfuse.train.progress import Display, peak_memory
 from jointfuse.train.run_folder import MetricsLog, check_run_folder, create_run_folder
 from jointfuse.train.schedule import lr_factor
 
+NEVER = 2**62  # a step
+
 
 class Trainer:
     """One rank of a training run; torch.distributed must be initialised.
@@ -203,6 +205,7 @@ class Trainer:
         try:
             self._micro_steps(total, micro, window)
         except DivergedError as error:
+            window.flush()  # where an earlier step has diverged, it is that one's fault
             raise self.diverged(f"step {position.step}: {error}") from error
         window.end_step(total)
 
@@ -289,11 +292,14 @@ class _Window:
     def _clear(self) -> None:
         # L_ERC, L_ICL, cut texts, cut clips; keys, anchors, counted anchors, positives, negatives and their similarity
         self.sums = torch.zeros(11, device=self.trainer.device)
+        self.broken = torch.full((), NEVER, device=self.trainer.device)  # the first step whose loss is not finite
         self.micro_steps, self.steps, self.utterances = 0, 0, 0
         self.started, self.waited = time.monotonic(), self.trainer.waited.seconds
 
     def add(self, losses: dict[str, torch.Tensor], batch: Batch) -> None:
         self.micro_steps += 1
+        now = self.broken.clamp_max(self.trainer.position.step)
+        self.broken = torch.where(losses["loss"].detach().isfinite(), self.broken, now)
         self.sums[0] += losses["erc"]
         self.sums[1] += losses["icl"]
         self.sums[2] += batch.cut_tokens
@@ -318,7 +324,8 @@ class _Window:
         erc, icl = erc / micro_steps, icl / micro_steps
         loss = erc + trainer.config.loss.icl_weight * icl
         if not math.isfinite(loss):
-            raise trainer.diverged(f"the loss is {loss} in steps {position.step - self.steps + 1} to {position.step}")
+            dist.all_reduce(self.broken, dist.ReduceOp.MIN)
+            raise trainer.diverged(f"step {int(self.broken)}: the loss is not finite")
         elapsed = time.monotonic() - self.started
         rate = self.utterances / elapsed
         trainer.display.figures(position.step, position.epoch, loss, rate)
