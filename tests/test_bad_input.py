@@ -207,7 +207,7 @@ def test_a_run_that_exists_is_not_written_over(refused: Refused, recipe: Path, s
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--ranks", 2, "train.lr=1e-3"], "was written with train.lr = 0.002, this run has 0.001"),
+        (["--ranks", 2, "train.lr=2e-3"], "was written with train.lr = 0.001, this run has 0.002"),
         (
             ["--ranks", 2, "model.blocks=1", "train.seed=3"],
             "was written with model.blocks = 2, this run has 1 and 1 more",
