@@ -430,6 +430,19 @@ def test_frozen_parts_draw_no_dropout_and_the_others_do() -> None:
     torch.testing.assert_close(network(batch)[0], network(batch)[0], rtol=0, atol=0)
 
 
+def test_no_linear_layer_before_the_blocks_sees_a_padded_token() -> None:
+    network = make_network(settings_of(language__stem_layers=1)).eval()
+    batch = make_batch([7, 2, 0, 12], [120, 16, 33, 50])
+    rows: list[int] = []
+    assert network.extractor is not None
+    for part in (network.text_encoder.layers, network.extractor, network.language_stem):
+        for module in part.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda _, given, __: rows.append(given[0].shape[:-1].numel()))
+    network(batch)
+    assert set(rows) == {7 + 2 + 1 + 12}, "a text that is not there has its [CLS]"
+
+
 def test_a_frozen_encoder_keeps_nothing_for_a_backward_pass() -> None:
     batch = some_batch()
     network = make_network(model_settings(modality="text"))
