@@ -95,8 +95,9 @@ _alive: dict[int, _Ranks] = {}  # by world size, the one used last at the end
 def end_ranks(*world_sizes: int) -> None:
     """End the processes of these groups, or of all."""
     for world_size in world_sizes or tuple(_alive):
-        for process in _alive.pop(world_size).processes:
-            end_group(process)
+        if world_size in _alive:
+            for process in _alive.pop(world_size).processes:
+                end_group(process)
 
 
 atexit.register(end_ranks)

@@ -75,16 +75,6 @@ def test_the_command_evaluates_that_run_on_two_ranks(run: Path) -> None:
     assert f"{100 * metrics['weighted_f1']:.2f}" in ended.stdout
 
 
-def test_the_deepspeed_launcher_trains_the_module_directly(recipe: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    command = [str(SCRIPTS / "deepspeed"), "--num_gpus", "2", "--module", "jointfuse.train", "--recipe", str(recipe)]
-    path = {"PATH": f"{SCRIPTS}:{BARE['PATH']}"}
-    ended = run_program([*command, "--run", str(run), "train.steps=2"], environment=path)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("step 2/2  epoch 1") == 1
-    assert (run / "finished").read_text(encoding="utf-8") == "step 2\n"
-
-
 def damage_a_clip(corpus: Path, id: int) -> str:
     """Overwrite the sound of one training utterance, none of its bytes moved; the utterance's key."""
     split = Corpus.open(corpus).split("train")

@@ -139,17 +139,20 @@ def demo_in_eight_parts(corpus: Path, files: dict[int, Path], folder: Path) -> d
             more = (*settings, f"train.deepspeed={file}", f"train.micro_batch={micro}")
             where = folder / f"demo {name} {stage}"
             runs[name, stage] = first_gradient("demo", where, *more, *still)[1]
-        runs["trained", stage] = train(Path("demo"), folder / f"demo {stage}", *more, "train.steps=12")
+    runs["trained"] = train(Path("demo"), folder / "demo", *more, "train.steps=12")
     return runs
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_the_demo_recipe_trains_in_eight_parts_with_the_gradient_of_one(demo: dict[Any, Any], stage: int) -> None:
+def test_the_demo_recipe_has_in_eight_parts_the_gradient_of_one(demo: dict[Any, Any], stage: int) -> None:
     whole, parts = demo["whole", stage], demo["parts", stage]
     assert whole.keys() == parts.keys()
     for name, gradient in whole.items():
         np.testing.assert_allclose(parts[name], gradient, atol=1e-4 * np.abs(gradient).max() + 1e-6, err_msg=name)
-    losses = demo["trained", stage].losses[:, 0]
+
+
+def test_the_demo_recipe_learns_in_eight_parts(demo: dict[Any, Any]) -> None:
+    losses = demo["trained"].losses[:, 0]
     assert np.isfinite(losses).all()
     assert losses[-4:].mean() < losses[:4].mean()
 
@@ -157,7 +160,7 @@ def test_the_demo_recipe_trains_in_eight_parts_with_the_gradient_of_one(demo: di
 @pytest.fixture(scope="module")
 def demo(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("demo")
-    files = {stage: stage_file(stage, folder) for stage in (2, 3)}
+    files = {stage: stage_file(stage, folder) for stage in (3, 2)}
     return run_ranks(2, demo_in_eight_parts, folder / "ranks", corpus, files, folder)[0]  # type: ignore[no-any-return]
 
 
