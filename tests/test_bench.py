@@ -103,6 +103,7 @@ def test_a_step_is_timed_beside_the_plain_model_that_loses_the_same(recipe: Path
     assert result["largest_difference"] < 1e-4
     assert abs(result["ours_losses"][0] - result["ours_losses"][-1]) > 0.01
     assert result["ratio"] == pytest.approx(result["plain_seconds"] / result["ours_seconds"])
+    assert result["random_order_ratio"] > 0
     assert 0 <= result["share_of_data_wait"] < 1
     assert result["share_of_matmul"] > 0
     assert result["ours_peak_bytes"] is None or result["ours_peak_bytes"] > 0

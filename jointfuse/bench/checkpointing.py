@@ -56,7 +56,7 @@ def _measure(settings: str, steps: int, folder: str) -> dict[str, dict[str, Any]
     warnings.filterwarnings("ignore")
     logging.disable(logging.INFO)
     trainer = Trainer(Config.model_validate_json(settings), Path(folder) / "run", resume=False)
-    batches = whole_batches(trainer)
+    batches = whole_batches(trainer, trainer.plan)
     recorded: Any = Losses()
     taken: dict[str, list[float]] = {mode: [] for mode in MODES}
     peaks: dict[str, list[int | None]] = {mode: [] for mode in MODES}

@@ -1,6 +1,7 @@
 """A training step beside the same model written plainly: transformers and timm modules, DistributedDataParallel, Adam.
 
-Both train on the same batches from the same weights, by turns, and must lose the same at every step.
+Both train on the same batches from the same weights, by turns, and must lose the same at every step. Then ours trains
+on by turns on batches of similar length and on batches in random order.
 """
 
 import logging
@@ -8,11 +9,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -29,6 +32,7 @@ from jointfuse.bench.ranks import on_ranks
 from jointfuse.bench.result import write_result
 from jointfuse.config import Config, load_config
 from jointfuse.data.batch import Batch
+from jointfuse.data.plan import Plan
 from jointfuse.errors import UserError
 
 # Dropout is drawn in another order by the two forms; without it their losses can be compared.
@@ -112,7 +116,7 @@ def _measure(settings: str, steps: int, folder: str, profile: Path | None) -> di
     plain = _Plain(trainer)
     recorded: Any = Losses()
     ours, theirs = _Times(), _Times()
-    batches = whole_batches(trainer)
+    batches = whole_batches(trainer, trainer.plan)
     for number in range(steps + 1):  # the first is not counted: kernels are chosen, buffers made
         total, micro = next(batches)
         trainer.position.step = number + 1
@@ -129,6 +133,7 @@ def _measure(settings: str, steps: int, folder: str, profile: Path | None) -> di
         seconds(partial(trainer._step, total, micro, recorded))
     elapsed = time.perf_counter() - started
     share_of_wait = (trainer.waited.seconds - waited) / elapsed
+    by_length, in_random_order = _orders(trainer, steps, recorded)
 
     if profile and dist.get_rank() == 0:
         with torch.profiler.profile(record_shapes=True) as trace:
@@ -150,6 +155,7 @@ def _measure(settings: str, steps: int, folder: str, profile: Path | None) -> di
         "ours_seconds": ours.typical(),
         "plain_seconds": theirs.typical(),
         "ratio": theirs.typical() / ours.typical(),
+        "random_order_ratio": in_random_order / by_length,
         "ours_losses": ours.losses(),
         "plain_losses": theirs.losses(),
         "ours_peak_bytes": ours_peak,
@@ -158,6 +164,26 @@ def _measure(settings: str, steps: int, folder: str, profile: Path | None) -> di
         "matmul_flops": rate,
         "share_of_matmul": counter.get_total_flops() / ours.typical() / rate,
     }
+
+
+def _orders(trainer: Any, steps: int, recorded: Any) -> list[float]:
+    """Seconds a position (of a patch or a character, not of padding) on batches of similar length, and on batches in
+    random order."""
+    plan: Plan = trainer.plan
+    plans = [plan, replace(plan, lengths=np.ones(len(plan.lengths), dtype=np.int64))]
+    batches = [whole_batches(trainer, plan) for plan in plans]
+    taken, positions = np.zeros(2), torch.zeros(2)
+    for number in range(steps + 1):
+        for order in range(2):
+            total, micro = next(batches[order])
+            trainer.position.step += 1
+            dist.barrier()
+            elapsed = seconds(partial(trainer._step, total, micro, recorded))
+            if number:  # in the first, the loader's workers start
+                taken[order] += elapsed
+                positions[order] += int(plan.lengths[micro[0].ids.cpu().numpy()].sum())
+    dist.all_reduce(positions)
+    return (taken / positions.numpy()).tolist()
 
 
 class _Times:
@@ -180,11 +206,12 @@ class _Times:
         return (every / dist.get_world_size()).tolist()
 
 
-def whole_batches(trainer: Any) -> Iterator[tuple[int, list[Batch]]]:
+def whole_batches(trainer: Any, plan: Plan) -> Iterator[tuple[int, list[Batch]]]:
     """The training batches, epoch after epoch, whole ones alone."""
     while True:
+        trainer.plan = plan
         for total, micro in trainer._batches():
-            if total == trainer.plan.batch:
+            if total == plan.batch:
                 yield total, micro
         trainer.position.epoch += 1
 
@@ -252,6 +279,7 @@ def _table(figures: dict[str, Any], config: Config, ranks: int) -> Table:
     for name, key in (("jointfuse", "ours_seconds"), ("plain, DistributedDataParallel", "plain_seconds")):
         table.add_row(f"{name}, utterances a second", f"{figures['batch'] / figures[key]:.1f}")
     table.add_row("plain / jointfuse, time of a step", f"{figures['ratio']:.2f}")
+    table.add_row("batches in random order / of similar length, time", f"{figures['random_order_ratio']:.2f}")
     table.add_row("largest difference of losses", f"{figures['largest_difference']:.1e}")
     for name, key in (("jointfuse", "ours_peak_bytes"), ("plain", "plain_peak_bytes")):
         table.add_row(f"{name}, memory a step needs besides what is held, MiB", mebibytes(figures[key]))
