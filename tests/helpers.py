@@ -15,6 +15,7 @@ from jointfuse.data import build as building
 from jointfuse.data.batch import Batch, Example, collate
 from jointfuse.data.build import CorpusSpec, Row
 from jointfuse.data.features import FrontEnd
+from jointfuse.data.plan import Plan
 from jointfuse.data.shards import Corpus
 from jointfuse.data.stream import UtteranceReader
 from jointfuse.data.tokenizer import train_tokenizer
@@ -60,7 +61,7 @@ def _render(rows: Sequence[Row]) -> Iterator[np.ndarray | None]:
         yield wave.astype(np.float32)
 
 
-def build_corpus(folder: Path, gaps: Collection[str] = ()) -> Corpus:
+def build_corpus(folder: Path, gaps: Collection[str] = (), samples_per_shard: int = 9) -> Corpus:
     """A corpus through the builder itself, its jobs run in this process: starting another takes longer than the rest.
 
     Args:
@@ -75,7 +76,7 @@ def build_corpus(folder: Path, gaps: Collection[str] = ()) -> Corpus:
     spec = CorpusSpec("tones", LABELS, splits, _render, source="", licence="", description="", synthetic=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(building, "processes", lambda *_: ThreadPoolExecutor(1))
-        building.build(spec, folder, workers=1, samples_per_shard=9)
+        building.build(spec, folder, workers=1, samples_per_shard=samples_per_shard)
     return Corpus.open(folder)
 
 
@@ -180,3 +181,9 @@ def saved_bytes(work: Callable[[], Any]) -> int:
         graph = work()
     del graph
     return sum(storages.values())
+
+
+def planned_epoch(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """A whole epoch: ids and whether they count, each (steps, batch)."""
+    ids, valid = zip(*plan.batches(epoch), strict=True)
+    return np.stack(ids), np.stack(valid)

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distributed import run_ranks
-from helpers import reader_of
+from helpers import planned_epoch, reader_of
 from training_fixtures import (
     Trained,
     corpus,
@@ -75,15 +75,15 @@ def plan_of(corpus: Path, batch: int) -> Plan:
 
 
 def test_the_divisions_are_uneven(corpus: Path, gapped: Path) -> None:
-    ids, valid = plan_of(corpus, 6).epoch(0)
+    ids, valid = planned_epoch(plan_of(corpus, 6), 0)
     assert valid[-1].sum() == 1
     for ranks in (2, 3):
         holds = [micro_batches(valid[-1], ranks, rank, 1).sum() for rank in range(ranks)]
         assert sorted(holds) == [0] * (ranks - 1) + [1], "all ranks but one hold fillers only"
-    parts = [micro_batches(plan_of(corpus, 8).epoch(0)[1][-1], 2, rank, 4).sum(axis=1) for rank in range(2)]
+    parts = [micro_batches(planned_epoch(plan_of(corpus, 8), 0)[1][-1], 2, rank, 4).sum(axis=1) for rank in range(2)]
     assert min(part.min() for part in parts) == 0, "a micro-step without a real utterance"
     assert not np.array_equal(*parts)
-    ids, _ = plan_of(gapped, 6).epoch(0)
+    ids, _ = planned_epoch(plan_of(gapped, 6), 0)
     no_clip = np.asarray(Corpus.open(gapped).split("train").index["duration_ms"]) == 0
     alone = [no_clip[micro_batches(row, 3, rank, 1)].all() for row in ids[:3] for rank in range(3)]
     assert any(alone), "a rank without a single clip in its batch"

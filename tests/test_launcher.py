@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from distributed import run_program
-from helpers import reader_of
+from helpers import planned_epoch, reader_of
 from training_fixtures import corpus, recipe
 
 from jointfuse import launch
@@ -90,7 +90,7 @@ def damage_a_clip(corpus: Path, id: int) -> str:
 def test_a_rank_that_fails_alone_ends_the_job_with_its_line(recipe: Path, corpus: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(corpus, tmp_path / "copied"))
     positions = reader_of(Corpus.open(corpus), "audio").positions((16, 16))
-    third_batch = Plan(positions, 6, seed=0).epoch(0)[0][2]
+    third_batch = planned_epoch(Plan(positions, 6, seed=0), 0)[0][2]
     key = damage_a_clip(copied, int(micro_batches(third_batch, 2, 1, 1)[0, -1]))
     command = [str(SCRIPTS / "jointfuse"), "train", "--recipe", str(recipe), "--run", str(tmp_path / "run")]
     ended = run_program([*command, "--ranks", "2", f"data.corpus={copied}", "data.workers=1"], environment=BARE)

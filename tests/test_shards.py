@@ -136,7 +136,7 @@ def test_folders_that_are_no_finished_corpus_are_refused_with_a_way_out(copy: Pa
     with pytest.raises(UserError, match="not a corpus description"):
         Corpus.open(copy)
     file.write_text(json.dumps(info | {"format": 0}))
-    with pytest.raises(UserError, match="format 0, this version reads format 1"):
+    with pytest.raises(UserError, match="format 0, this version reads format 2"):
         Corpus.open(copy)
     file.unlink()
     with pytest.raises(UserError, match=r"no corpus\.json, so this is no corpus or its building never ended"):

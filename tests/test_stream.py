@@ -10,21 +10,16 @@ from helpers import SIZES, read, reader_of
 
 from jointfuse.config import DataSettings
 from jointfuse.data.batch import HostBatch, collate
-from jointfuse.data.plan import Plan, evaluation_batches, micro_batches
+from jointfuse.data.plan import Plan, Planned, evaluation_batches
 from jointfuse.data.shards import Corpus
-from jointfuse.data.stream import Planned, UtteranceReader, stream
+from jointfuse.data.stream import UtteranceReader, stream
 from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
 
 
 def planned(reader: UtteranceReader, rank: int = 0) -> list[Planned]:
     """What one of two ranks holds in an epoch of batches of 8 in two accumulation steps; the last is mostly filled."""
-    plan = Plan(reader.positions((16, 16)), 8, seed=1)
-    return [
-        pair
-        for batch in zip(*plan.epoch(3), strict=True)
-        for pair in zip(*(micro_batches(part, 2, rank, 2) for part in batch), strict=True)
-    ]
+    return list(Plan(reader.positions((16, 16)), 8, seed=1).share(3, 0, 2, rank, 2))
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +87,16 @@ def test_collate_pads_behind_each_utterance_and_marks_what_is_real(reader: Utter
 def test_positions_are_those_that_the_batches_have(gapped_corpus: Corpus, uneven_corpus: Corpus) -> None:
     reader = reader_of(gapped_corpus, "both", missing_modality="allow")
     for bins, frames in ((16, 16), (80, 7)):
-        positions = reader.positions((bins, frames))
+        positions = reader.positions((bins, frames))[:]
         for id, expected in enumerate(positions.tolist()):
             batch = reader.batch((np.array([id]), np.array([True])))
             assert expected == -(-int(batch.frames[0]) // frames) * (80 // bins)
     text = reader_of(uneven_corpus, "text")
-    assert text.positions((16, 16)).tolist() == text.split.index["characters"].tolist()
+    assert text.positions((16, 16))[:].tolist() == text.split.index["characters"].tolist()
     cut = UtteranceReader(
         reader.split, DataSettings(max_seconds=1.3, missing_modality="allow"), reader.tokenizer, True, 0.0, 1.0
     )
-    assert cut.positions((16, 16)).max() == -(-131 // 16) * 5
+    assert cut.positions((16, 16))[:].max() == -(-131 // 16) * 5
 
 
 def test_mel_values_are_those_of_the_training_set_normalised(uneven_corpus: Corpus) -> None:

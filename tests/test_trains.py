@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
+from helpers import planned_epoch
 from safetensors.torch import load_file
 from training_fixtures import (
     LABELS,
@@ -199,7 +200,7 @@ def plain_gradients(config: Config, weights: Weights) -> Weights:
     network.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
     reader = UtteranceReader(split, config.data, tokenizer, network.reads_audio, data.mel_mean, data.mel_deviation)
     lengths = reader.positions(config.model.vision.patch)
-    ids, valid = Plan(lengths, config.train.batch, config.train.seed).epoch(0)
+    ids, valid = planned_epoch(Plan(lengths, config.train.batch, config.train.seed), 0)
     objective = Objective(network, config.loss, accumulation=1)
     objective(reader.batch((ids[0], valid[0])).to("cpu", reader.front_end), int(valid[0].sum()))["loss"].backward()
     return {

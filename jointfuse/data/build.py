@@ -11,7 +11,6 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from jointfuse.data.index import FORMAT, index_rows, mel_statistics, replacing, shard_name, write_json
+from jointfuse.data.index import (
+    FORMAT,
+    index_rows,
+    mel_statistics,
+    replacing,
+    shard_name,
+    split_record,
+    write_json,
+)
 from jointfuse.data.parallel import cores, processes, progress
 from jointfuse.data.shards import Utterance, write_tar
 from jointfuse.errors import UserError
@@ -327,13 +334,7 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
         with replacing(out / split / "index.bin") as file:
             file.write(index_rows(sidecars, speakers).tobytes())
         samples = [sample for sidecar in sidecars for sample in sidecar["samples"]]
-        counts = Counter(sample["emotion"] for sample in samples)
-        splits[split] = {
-            "samples": len(samples),
-            "dialogues": len(spec.splits[split]),
-            "seconds": round(sum(sample["duration"] for sample in samples), 3),
-            "label_counts": {label: counts[label] for label in spec.labels},
-            "speakers": sorted({sample["speaker"] for sample in samples}),
+        splits[split] = split_record(samples, spec.labels) | {
             "shards": [
                 {
                     "name": job.path.name,
@@ -342,7 +343,7 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
                     "sha256": sidecar["sha256"],
                 }
                 for job, sidecar in zip(expected, sidecars, strict=True)
-            ],
+            ]
         }
         if split == "train":
             mean, deviation = mel_statistics(sidecars)

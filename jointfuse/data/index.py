@@ -3,14 +3,16 @@
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import and_
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-FORMAT = 1  # of the folder; a reader refuses any other
+FORMAT = 2  # of the folder; a reader refuses any other
 INDEX_DTYPE = np.dtype(
     [
         ("shard", "<u4"),
@@ -51,6 +53,21 @@ def index_rows(sidecars: Iterable[dict[str, Any]], speakers: Sequence[str]) -> n
                 )
             )
     return np.array(rows, dtype=INDEX_DTYPE)
+
+
+def split_record(samples: Sequence[dict[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
+    """What corpus.json says of a split besides its shards, from the samples of its sidecars."""
+    emotions = Counter(sample["emotion"] for sample in samples)
+    no_text = [not sample["characters"] for sample in samples]
+    no_clip = [not sample["duration"] for sample in samples]
+    return {
+        "samples": len(samples),
+        "dialogues": len({sample["dialogue"] for sample in samples}),
+        "seconds": round(sum(sample["duration"] for sample in samples), 3),
+        "lacking": {"text": sum(no_text), "clip": sum(no_clip), "both": sum(map(and_, no_text, no_clip))},
+        "label_counts": {label: emotions[label] for label in labels},
+        "speakers": sorted({sample["speaker"] for sample in samples}),
+    }
 
 
 def mel_statistics(sidecars: Iterable[dict[str, Any]]) -> tuple[float, float]:

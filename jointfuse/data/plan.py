@@ -1,12 +1,13 @@
 """The training order: which utterances make up each global batch, and which rank holds them when.
 
-Pure numpy, no input or output. An epoch's order is a function of (seed, epoch) alone; ranks and accumulation only
-divide a global batch that is already decided, so the same batches are seen at any world size.
+Pure numpy, no input or output. An epoch's order is a function of the index, the seed and the epoch; ranks and
+accumulation only divide a global batch that is already decided, so the same batches are seen at any world size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,23 +16,40 @@ from jointfuse.errors import UserError
 MOST_PADDING = 0.05  # share of a batch's positions
 SMALLEST_WINDOW, LARGEST_WINDOW = 8, 256  # batches
 
+Planned = tuple[np.ndarray, np.ndarray]  # ids (b,) int64, valid (b,) bool
+
+
+class Lengths(Protocol):
+    """Positions that each utterance of a split takes in a batch, in any unit: an array, or what computes them when
+    asked."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, ids: np.ndarray, /) -> np.ndarray: ...
+
 
 @dataclass(frozen=True)
 class Plan:
     """Every utterance once an epoch, in global batches of similar length.
 
-    Utterances of similar length share a batch: those of a window of batches are sorted together. The wider the window,
-    the less padding and the less chance in who meets whom; so it is the narrowest that wastes little.
+    An epoch takes the shards in random order and cuts them into blocks; the utterances of a block are shuffled. So
+    reading stays within the shards of a block, and whoever wants one batch computes one block. Utterances of similar
+    length share a batch: those of a window of batches are sorted together. The wider the window, the less padding and
+    the less chance in who meets whom; so it is the narrowest that wastes little.
 
     Args:
-        lengths: (S,) positions that an utterance takes in a batch, in any unit.
+        lengths: of the S utterances, in index order.
         batch: utterances in a global batch. The last one of an epoch is filled with repeats marked not valid.
         seed: of the run.
+        shards: utterances of each shard, in index order; all of them are in one where it is left out.
+        block: utterances that are shuffled together; whole shards, so it may be a shard more.
     """
 
-    lengths: np.ndarray
+    lengths: Lengths
     batch: int
     seed: int
+    shards: Sequence[int] = ()
+    block: int = 2**16
 
     @property
     def steps_per_epoch(self) -> int:
@@ -40,43 +58,95 @@ class Plan:
     @cached_property
     def window(self) -> int:
         """Batches that share one sort: 8, doubled until padding takes at most 5 % of the positions, 256 at most."""
-        order = self._random(0).permutation(len(self.lengths))[: LARGEST_WINDOW * self.batch]
-        order = order[: len(order) // self.batch * self.batch]
+        order = self._blocks(0).shuffled(0, self._random(0, 0))[: LARGEST_WINDOW * self.batch]
+        lengths = self.lengths[order[: len(order) // self.batch * self.batch]]
         window = SMALLEST_WINDOW
-        while window < LARGEST_WINDOW and window * self.batch < len(order):
-            if padding(self.lengths, self._sorted(order, window).reshape(-1, self.batch)) <= MOST_PADDING:
+        while window < LARGEST_WINDOW and window * self.batch < len(lengths):
+            if padding(lengths, _sorted(lengths, window * self.batch).reshape(-1, self.batch)) <= MOST_PADDING:
                 break
             window *= 2
         return window
 
-    def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample ids (steps, batch) int64 and whether each counts (steps, batch) bool; rows are sorted by length."""
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Planned]:
+        """The global batches of an epoch from number `start` on: ids (batch,) and whether each counts (batch,); rows
+        are sorted by length.
+
+        Raises:
+            UserError: there are no utterances.
+        """
         if not len(self.lengths):
             raise UserError("the training split is empty: there is nothing to plan")
-        rng = self._random(epoch)
-        order = rng.permutation(len(self.lengths))
-        full = len(order) // self.batch * self.batch
-        batches = rng.permutation(self._sorted(order[:full], self.window).reshape(-1, self.batch), axis=0)
-        valid = np.ones(batches.shape, dtype=bool)
-        rest = order[full:]
-        if len(rest):
-            filled = np.concatenate([rest, np.resize(order, self.batch - len(rest))])
-            counts = np.arange(self.batch) < len(rest)
-            by_length = np.argsort(self.lengths[filled], kind="stable")
-            batches = np.concatenate([batches, filled[by_length][None]])
-            valid = np.concatenate([valid, counts[by_length][None]])
-        return batches, valid
+        blocks = self._blocks(epoch)
+        done = start * self.batch
+        number = int(np.searchsorted(blocks.before, done, side="right")) - 1
+        held = self._order(epoch, blocks, number)[done - blocks.before[number] :]
+        for _ in range(start, self.steps_per_epoch):
+            while len(held) < self.batch and number + 1 < len(blocks.before):
+                number += 1
+                held = np.concatenate([held, self._order(epoch, blocks, number)])
+            ids, held = held[: self.batch], held[self.batch :]
+            valid = np.arange(self.batch) < len(ids)
+            if not valid.all():
+                repeats = np.resize(blocks.shuffled(0, self._random(epoch, 0)), self.batch - len(ids))
+                ids = np.concatenate([ids, repeats])
+            by_length = np.argsort(self.lengths[ids], kind="stable")
+            yield ids[by_length], valid[by_length]
 
-    def _random(self, epoch: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+    def counted(self, number: int) -> int:
+        """Utterances of an epoch's batch `number` that count."""
+        return min(self.batch, len(self.lengths) - number * self.batch)
 
-    def _sorted(self, order: np.ndarray, window: int) -> np.ndarray:
-        """(S,) utterances in order -> the same, sorted by length within each window of so many batches."""
-        order = order.copy()
-        for start in range(0, len(order), window * self.batch):
-            part = order[start : start + window * self.batch]
-            part[:] = part[np.argsort(self.lengths[part], kind="stable")]
+    def share(self, epoch: int, start: int, world_size: int, rank: int, accumulation: int) -> Iterator[Planned]:
+        """What `rank` holds of `batches(epoch, start)`: `accumulation` micro-batches of each."""
+        for batch in self.batches(epoch, start):
+            yield from zip(*(micro_batches(part, world_size, rank, accumulation) for part in batch), strict=True)
+
+    def _random(self, epoch: int, block: int | None = None) -> np.random.Generator:
+        """What orders the shards of an epoch, or the utterances of one of its blocks."""
+        # data/augment.py has the same key, and of the counters those whose second number is not 0.
+        counter = [0, 0, 0, 1] if block is None else [0, 0, block, 0]
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=counter))
+
+    def _blocks(self, epoch: int) -> "_Blocks":
+        sizes = np.asarray(self.shards if len(self.shards) else [len(self.lengths)], dtype=np.int64)
+        order = self._random(epoch).permutation(len(sizes))
+        before = np.cumsum(sizes[order]) - sizes[order]
+        _, cuts = np.unique(before // self.block, return_index=True)
+        return _Blocks(np.cumsum(sizes) - sizes, sizes, np.split(order, cuts[1:]), before[cuts])
+
+    def _order(self, epoch: int, blocks: "_Blocks", number: int) -> np.ndarray:
+        """(n,) ids of a block as they are trained on: the first ones complete the batch that the block before began,
+        the last ones begin one, those between make whole batches."""
+        random = self._random(epoch, number)
+        order = blocks.shuffled(number, random)
+        head = min(int(-blocks.before[number] % self.batch), len(order))
+        whole = slice(head, head + (len(order) - head) // self.batch * self.batch)
+        by_length = order[whole][_sorted(self.lengths[order[whole]], self.window * self.batch)]
+        order[whole] = random.permutation(by_length.reshape(-1, self.batch), axis=0).ravel()
         return order
+
+
+class _Blocks(NamedTuple):
+    """The blocks of an epoch."""
+
+    first: np.ndarray  # (shards,) the first utterance of each shard
+    size: np.ndarray  # (shards,)
+    shards: list[np.ndarray]  # of each block
+    before: np.ndarray  # (blocks,) utterances in the blocks before it
+
+    def shuffled(self, number: int, random: np.random.Generator) -> np.ndarray:
+        """(n,) ids of a block in random order."""
+        shards = np.sort(self.shards[number])
+        spans = zip(self.first[shards], self.size[shards], strict=True)
+        return random.permutation(np.concatenate([np.arange(first, first + size) for first, size in spans]))
+
+
+def _sorted(lengths: np.ndarray, window: int) -> np.ndarray:
+    """(n,) -> (n,): places sorted by length within each window of so many utterances."""
+    places = np.arange(len(lengths))
+    for start in range(0, len(places), window):
+        places[start : start + window] = start + np.argsort(lengths[start : start + window], kind="stable")
+    return places
 
 
 def padding(lengths: np.ndarray, batches: np.ndarray) -> float:

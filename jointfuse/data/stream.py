@@ -21,10 +21,10 @@ from jointfuse.data.features import (
     frames_of,
     to_int16,
 )
+from jointfuse.data.plan import Planned
 from jointfuse.data.shards import Split
 from jointfuse.errors import UserError
 
-Planned = tuple[np.ndarray, np.ndarray]  # ids (b,), valid (b,)
 Masks = tuple[np.ndarray, np.ndarray]  # of bins and of frames, each (M, 2) int64, first and number
 
 
@@ -56,15 +56,10 @@ class UtteranceReader:
         self.augmentation = Augmentation(AugmentSettings(), seed=0, epoch=0)
         self._require_modalities()
 
-    def positions(self, patch: tuple[int, int]) -> np.ndarray:
-        """(S,): how many positions each utterance takes in the model: patches of (bins, frames) where clips are read,
-        else characters, which an index counts and tokens follow."""
-        index = self.split.index
-        if not self.audio:
-            return np.asarray(index["characters"])
-        heard = np.minimum(index["duration_ms"], self.settings.max_seconds * 1000)
-        frames = (heard > 0) + (heard * (FRAMES_PER_SECOND / 1000)).astype(np.int64)
-        return -(-frames // patch[1]) * (MEL_BINS // patch[0])
+    def positions(self, patch: tuple[int, int]) -> "Positions":
+        """How many positions each utterance takes in the model: patches of (bins, frames) where clips are read, else
+        characters, which an index counts and tokens follow."""
+        return Positions(self.split, self.settings.max_seconds, patch if self.audio else None)
 
     def augmented(self, augmentation: Augmentation) -> Self:
         """The same utterances, their clips varied."""
@@ -73,25 +68,25 @@ class UtteranceReader:
         return reader
 
     def _require_modalities(self) -> None:
-        index = self.split.index
-        no_text, no_clip = index["characters"] == 0, index["duration_ms"] == 0
-        for read, lacks, what in ((self.tokenizer, no_text, "text"), (self.audio, no_clip, "clip")):
-            if not read or not lacks.any():
+        lacking, of_both = self.split.info["lacking"], bool(self.tokenizer) and self.audio
+        for what, read in (("text", self.tokenizer), ("clip", self.audio)):
+            if not read or not lacking[what] or (of_both and self.settings.missing_modality == "allow"):
                 continue
-            only = not (self.tokenizer and self.audio)
-            if only or self.settings.missing_modality == "error":
-                way_out = (
-                    "a model of one modality cannot use it: leave it out of the corpus or set model.modality=both"
-                    if only
-                    else "set data.missing_modality=allow to use the modality it has"
-                )
-                first = self.split.key(int(lacks.argmax()))
-                raise UserError(
-                    f"{self.split.folder}: {lacks.sum()} utterances have no {what} (first: {first}); {way_out}"
-                )
-        if self.tokenizer and self.audio and (no_text & no_clip).any():
-            first = self.split.key(int((no_text & no_clip).argmax()))
+            way_out = (
+                "set data.missing_modality=allow to use the modality it has"
+                if of_both
+                else "a model of one modality cannot use it: leave it out of the corpus or set model.modality=both"
+            )
+            count, first = lacking[what], self._first(what)
+            raise UserError(f"{self.split.folder}: {count} utterances have no {what} (first: {first}); {way_out}")
+        if of_both and lacking["both"]:
+            first = self._first("text", "clip")
             raise UserError(f"{self.split.folder}: {first} has neither text nor clip; leave it out of the corpus")
+
+    def _first(self, *lacked: str) -> str:
+        """Key of the first utterance that lacks all of these."""
+        columns = {"text": "characters", "clip": "duration_ms"}
+        return self.split.key(int(np.all([self.split.index[columns[what]] == 0 for what in lacked], axis=0).argmax()))
 
     def __getitem__(self, id: int) -> Example:
         utterance = self.split.sample(id, audio=self.audio)
@@ -124,29 +119,50 @@ class UtteranceReader:
         return collate([self[int(id)] for id in ids], valid, pad)
 
 
-class _PlannedBatches(Dataset[HostBatch]):
-    def __init__(self, reader: UtteranceReader, planned: list[Planned]) -> None:
-        self.reader, self.planned = reader, planned
+class Positions:
+    """How many positions each utterance of a split takes, computed for those that are asked for.
+
+    Args:
+        max_seconds: of a clip that are heard.
+        patch: (bins, frames); None: characters are counted.
+    """
+
+    def __init__(self, split: Split, max_seconds: float, patch: tuple[int, int] | None) -> None:
+        self.split, self.max_seconds, self.patch = split, max_seconds, patch
 
     def __len__(self) -> int:
-        return len(self.planned)
+        return len(self.split)
 
-    def __getitem__(self, position: int) -> HostBatch | UserError:  # type: ignore[override]
+    def __getitem__(self, ids: np.ndarray | slice) -> np.ndarray:
+        if not self.patch:
+            return np.asarray(self.split.index["characters"][ids])
+        heard = np.minimum(self.split.index["duration_ms"][ids], self.max_seconds * 1000)
+        frames = (heard > 0) + (heard * (FRAMES_PER_SECOND / 1000)).astype(np.int64)
+        return -(-frames // self.patch[1]) * (MEL_BINS // self.patch[0])
+
+
+class _PlannedBatches(Dataset[HostBatch]):
+    def __init__(self, reader: UtteranceReader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, planned: Planned) -> HostBatch | UserError:  # type: ignore[override]
         # An exception raised in a worker arrives wrapped in its stack trace; a value arrives as it is.
         try:
-            return self.reader.batch(self.planned[position])
+            return self.reader.batch(planned)
         except UserError as error:
             return error
 
 
 def stream(reader: UtteranceReader, planned: Iterable[Planned], workers: int, pin: bool = False) -> Iterator[HostBatch]:
-    """Batches in exactly the planned order, whatever the number of workers.
+    """Batches in exactly the planned order, whatever the number of workers; a plan is asked no further than they are
+    ahead.
 
     Raises:
         UserError: an utterance could not be read.
     """
     loader: DataLoader[Any] = DataLoader(
-        _PlannedBatches(reader, list(planned)),
+        _PlannedBatches(reader),
+        sampler=planned,
         batch_size=None,
         num_workers=workers,
         pin_memory=pin,

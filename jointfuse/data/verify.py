@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jointfuse.data.index import INDEX_DTYPE, index_rows, mel_statistics
+from jointfuse.data.index import INDEX_DTYPE, index_rows, mel_statistics, split_record
 from jointfuse.data.parallel import cores, processes, progress
 from jointfuse.data.shards import SAMPLE_RATE, Corpus, parse_utterance, read_sidecar
 from jointfuse.errors import UserError
@@ -192,15 +192,7 @@ def _check_dialogues(folder: Path, sidecars: list[dict[str, Any]], home: dict[st
 def _check_record(corpus: Corpus, split: str, samples: list[dict[str, Any]]) -> Iterator[str]:
     """The numbers of one split in corpus.json."""
     info = corpus.info["splits"][split]
-    counts = Counter(sample["emotion"] for sample in samples)
-    truth = {
-        "samples": len(samples),
-        "dialogues": len({sample["dialogue"] for sample in samples}),
-        "seconds": round(sum(sample["duration"] for sample in samples), 3),
-        "label_counts": {label: counts[label] for label in corpus.labels},
-        "speakers": sorted({sample["speaker"] for sample in samples}),
-    }
-    for name, value in truth.items():
+    for name, value in split_record(samples, corpus.labels).items():
         if info[name] != value:
             said, found = (json.dumps(one, ensure_ascii=False)[:80] for one in (info[name], value))
             yield f"{corpus.path / 'corpus.json'}: {name} of {split} is {said}, the sidecars say {found}"

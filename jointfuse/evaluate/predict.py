@@ -21,7 +21,7 @@ def predict(network: Network, reader: UtteranceReader, workers: int) -> Predicti
     it. The network's mode is restored afterwards.
     """
     device = next(network.parameters()).device
-    lengths = reader.positions(network.settings.vision.patch)
+    lengths = reader.positions(network.settings.vision.patch)[:]
     training = network.training
     network.eval()
     rows: list[tuple[torch.Tensor, ...]] = []

@@ -17,9 +17,9 @@ from jointfuse.config import Config, parse_interval
 from jointfuse.data.augment import Augmentation
 from jointfuse.data.batch import Batch
 from jointfuse.data.feed import Feed, Waited
-from jointfuse.data.plan import Plan, micro_batches
+from jointfuse.data.plan import Plan
 from jointfuse.data.shards import Corpus
-from jointfuse.data.stream import Planned, UtteranceReader, stream
+from jointfuse.data.stream import UtteranceReader, stream
 from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
 from jointfuse.evaluate.metrics import HEADLINES, score
@@ -88,7 +88,9 @@ class Trainer:
             initialise(network, Path(settings.init_from), self.corpus.labels)
         network.freeze(settings.freeze)
         self.train_reader, self.dev_reader = self._reader("train"), self._reader("dev")
-        self.plan = Plan(self.train_reader.positions(config.model.vision.patch), settings.batch, settings.seed)
+        positions = self.train_reader.positions(config.model.vision.patch)
+        shards = [shard["samples"] for shard in self.train_reader.split.info["shards"]]
+        self.plan = Plan(positions, settings.batch, settings.seed, shards)
         self.steps = settings.steps or self.plan.steps_per_epoch * (settings.epochs or 0)
         objective = Objective(network, config.loss, self.division.accumulation)
         if "temperature" in settings.freeze and objective.trained_temperature is not None:
@@ -184,18 +186,15 @@ class Trainer:
     def _batches(self) -> Iterator[tuple[int, list[Batch]]]:
         """(real utterances in the global batch, this rank's micro-batches) for the rest of the epoch."""
         accumulation = self.division.accumulation
-        ids, valid = self.plan.epoch(self.position.epoch)
-        planned: list[Planned] = []
-        for row in range(self.position.batch, len(ids)):
-            mine = (micro_batches(part[row], self.world_size, self.rank, accumulation) for part in (ids, valid))
-            planned += zip(*mine, strict=True)
+        epoch, start = self.position.epoch, self.position.batch
+        planned = self.plan.share(epoch, start, self.world_size, self.rank, accumulation)
         pin = self.device.type == "cuda"
-        augmentation = Augmentation(self.config.data.augment, self.config.train.seed, self.position.epoch)
+        augmentation = Augmentation(self.config.data.augment, self.config.train.seed, epoch)
         reader = self.train_reader.augmented(augmentation)
         host = stream(reader, planned, self.config.data.workers, pin)
         batches = iter(Feed(host, self.device, reader.front_end, self.waited))
-        for row in range(self.position.batch, len(ids)):
-            yield int(valid[row].sum()), list(islice(batches, accumulation))
+        for number in range(start, self.plan.steps_per_epoch):
+            yield self.plan.counted(number), list(islice(batches, accumulation))
 
     def _step(self, total: int, micro: list[Batch], window: "_Window") -> None:
         position, settings = self.position, self.config.train
