@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 import soundfile
 import webdataset
 from corpus_helpers import REPOSITORY, hashes, small_corpus
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jointfuse.data.corpora.table import load_clip
-from jointfuse.data.shards import INDEX_DTYPE, Corpus, Utterance, write_tar
+from jointfuse.data.shards import INDEX_DTYPE, Corpus, Utterance, _files, _plain_files, write_tar
 from jointfuse.errors import UserError
 
 
@@ -211,3 +214,34 @@ def test_a_clip_of_one_sample_is_still_a_clip_and_full_scale_does_not_wrap(tmp_p
     assert index_rows([sidecar], ["a"])[0]["duration_ms"] == 1
     sample = next(iter(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)))
     assert soundfile.read(io.BytesIO(sample["flac"]), dtype="int16")[0].tolist() == [32767]
+
+
+def tar_of(files: list[tuple[str, bytes]], format: int) -> bytes:
+    """As a sample lies in a shard: members, and no end."""
+    stream = io.BytesIO()
+    tar = tarfile.open(fileobj=stream, mode="w", format=format)  # noqa: SIM115
+    for name, content in files:
+        header = tarfile.TarInfo(name)
+        header.size = len(content)
+        tar.addfile(header, io.BytesIO(content))
+    return stream.getvalue()
+
+
+names = st.text(st.characters(codec="utf-8", exclude_characters="/\0."), min_size=1, max_size=150)
+contents = st.lists(st.tuples(names, st.binary(max_size=1500)), min_size=1, max_size=4)
+
+
+@given(contents, st.sampled_from([tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))
+def test_plain_members_are_read_as_tarfile_reads_them_and_others_left_to_it(
+    files: list[tuple[str, bytes]], format: int
+) -> None:
+    try:
+        data = tar_of(files, format)
+    except ValueError:
+        return  # a name that this format cannot hold
+    found = _plain_files(data)
+    assert list(_files(data)) == files
+    assert found in (files, None)
+    assert found or any(len(name) > 99 or not name.isascii() for name, _ in files) or format != tarfile.USTAR_FORMAT
+    assert _plain_files(data[: 511 + len(files[0][1])]) is None
+    assert _plain_files(data[:100] + b"\1" + data[101:]) is None, "its checksum says so"

@@ -1,4 +1,4 @@
-"""python -m jointfuse.bench icl | block | step | checkpointing"""
+"""python -m jointfuse.bench icl | block | step | checkpointing | data"""
 
 import sys
 from pathlib import Path
@@ -80,6 +80,22 @@ def checkpointing(
     from jointfuse.bench.checkpointing import benchmark_checkpointing
 
     benchmark_checkpointing(recipe, overrides or [], steps, out, _console())
+
+
+@app.command()
+def data(
+    corpus: Annotated[Path, typer.Option(help="folder of a corpus")],
+    batch: Annotated[int, typer.Option(min=1, help="utterances in a batch")] = 32,
+    workers: Annotated[
+        list[int] | None, typer.Option(min=0, help="decoding processes; repeat the option; 0, 1 and 2 unless set")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds; the fastest of each way counts")] = 3,
+    out: Annotated[Path | None, typer.Option(help="result file; build/bench/data-DEVICE.json unless set")] = None,
+) -> None:
+    """An epoch of the training split: read and decoded, beside decoding alone and beside webdataset."""
+    from jointfuse.bench.data import benchmark_data
+
+    benchmark_data(corpus, batch, workers, repeats, out, _console())
 
 
 def _console() -> Console:

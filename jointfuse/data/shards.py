@@ -14,7 +14,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -158,19 +158,46 @@ def _members(data: bytes) -> tuple[str, dict[str, bytes]]:
     """Key and {extension: content} of one sample's bytes. Raises ValueError."""
     keys, members = set(), {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                content = tar.extractfile(member)
-                if content is None:
-                    raise ValueError(f"{member.name!r} is not a file")
-                keys.add(key)
-                members[extension] = content.read()
+        for name, content in _plain_files(data) or _files(data):
+            key, _, extension = name.partition(".")
+            keys.add(key)
+            members[extension] = content
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"not a piece of a tar: {error}") from error
     if len(keys) != 1:
         raise ValueError(f"its bytes hold {len(keys)} samples instead of one")
     return keys.pop(), members
+
+
+def _plain_files(data: bytes) -> list[tuple[str, bytes]] | None:
+    """(name, content) of each member, without the many things that tarfile looks after; None where that takes tarfile:
+    a header that is not plain POSIX ustar or is damaged, a name outside ASCII or of over 100 bytes."""
+    files, begin = [], 0
+    while begin < len(data):
+        header = data[begin : begin + tarfile.BLOCKSIZE]
+        try:
+            size, checksum = int(header[124:135], 8), int(header[148:154], 8)
+            name = header[:100].rstrip(b"\0").decode("ascii")
+        except ValueError:
+            return None
+        counted = int(np.frombuffer(header, np.uint8).sum()) - sum(header[148:156]) + 8 * ord(" ")
+        regular, prefix = header[156:157] == tarfile.REGTYPE, header[345]
+        begin += tarfile.BLOCKSIZE
+        end = begin + size
+        if counted != checksum or not regular or prefix or end > len(data):
+            return None
+        files.append((name, data[begin:end]))
+        begin = end + -size % tarfile.BLOCKSIZE
+    return files
+
+
+def _files(data: bytes) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for member in tar:
+            content = tar.extractfile(member)
+            if content is None:
+                raise tarfile.ReadError(f"{member.name!r} is not a file")
+            yield member.name, content.read()
 
 
 def parse_utterance(data: bytes, audio: bool = True) -> Utterance:
@@ -230,7 +257,7 @@ class Split:
 
     def sample(self, i: int, audio: bool = True) -> Utterance:
         """Sample `i`, its clip decoded if `audio`. Raises UserError with shard, key and offset if it is damaged."""
-        data = self._read(i)
+        data = self.read(i)
         try:
             return parse_utterance(data, audio)
         except ValueError as error:
@@ -238,7 +265,7 @@ class Split:
 
     def audio_bytes(self, i: int) -> bytes | None:
         """Sample `i`'s clip as it is stored (FLAC), or None without a clip."""
-        data = self._read(i)
+        data = self.read(i)
         try:
             return _members(data)[1].get("flac")
         except ValueError as error:
@@ -255,7 +282,8 @@ class Split:
             keys = self._keys[shard] = [sample["key"] for sample in sidecar["samples"]]
         return keys[i % len(self) - self._first[shard]]
 
-    def _read(self, i: int) -> bytes:
+    def read(self, i: int) -> bytes:
+        """Sample `i`'s bytes, tar headers included. Raises UserError with shard, key and offset."""
         entry = self.index[i]
         shard, offset, size = int(entry["shard"]), int(entry["offset"]), int(entry["size"])
         try:

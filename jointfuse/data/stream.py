@@ -1,6 +1,7 @@
 """From a plan and a corpus to batches: utterances read by offset, decoded in worker processes, in the plan's order."""
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any, Self
 
@@ -22,8 +23,11 @@ from jointfuse.data.features import (
     to_int16,
 )
 from jointfuse.data.plan import Planned
-from jointfuse.data.shards import Split
+from jointfuse.data.shards import Split, Utterance
 from jointfuse.errors import UserError
+
+# Decoding processes are copies of one that may have tokenised, and its threads would not be in them.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 Masks = tuple[np.ndarray, np.ndarray]  # of bins and of frames, each (M, 2) int64, first and number
 
@@ -88,35 +92,48 @@ class UtteranceReader:
         columns = {"text": "characters", "clip": "duration_ms"}
         return self.split.key(int(np.all([self.split.index[columns[what]] == 0 for what in lacked], axis=0).argmax()))
 
-    def __getitem__(self, id: int) -> Example:
-        utterance = self.split.sample(id, audio=self.audio)
-        tokens, cut_tokens = np.empty(0, dtype=np.int64), False
-        if self.tokenizer and utterance.text.strip():
-            encoded = self.tokenizer(utterance.text, truncation=True, max_length=self.settings.max_tokens + 1)
-            cut_tokens = len(encoded["input_ids"]) > self.settings.max_tokens
-            if cut_tokens:
-                encoded = self.tokenizer(utterance.text, truncation=True, max_length=self.settings.max_tokens)
-            tokens = np.asarray(encoded["input_ids"], dtype=np.int64)
-        waveform = None
-        if self.audio and utterance.waveform is not None:
-            waveform = torch.from_numpy(utterance.waveform)
-        cut_audio = waveform is not None and len(waveform) > self.max_samples
-        clip, frames, masks = self._clip(id, waveform)
-        return Example(id, tokens, clip, frames, *masks, utterance.label, cut_tokens, cut_audio)
-
-    def _clip(self, id: int, waveform: torch.Tensor | None) -> tuple[torch.Tensor, int, Masks]:
-        """(S,) float32 -> (S' + 512,) int16, its frames, and its masks."""
-        draws = self.augmentation.draws(id)
-        clip, frames = torch.empty(0, dtype=torch.int16), 0
-        if waveform is not None:
-            heard = self.augmentation.waveform(waveform, draws)[: self.max_samples]
-            clip, frames = continued(to_int16(heard)), frames_of(len(heard))
-        return clip, frames, self.augmentation.masks(frames, draws)
-
     def batch(self, planned: Planned) -> HostBatch:
         ids, valid = planned
         pad = self.tokenizer.pad_token_id if self.tokenizer else 0
-        return collate([self[int(id)] for id in ids], valid, pad)
+        return collate(self.read(ids.tolist()), valid, pad)
+
+    def read(self, ids: Sequence[int]) -> list[Example]:
+        return self.examples(ids, [self.split.sample(id, audio=self.audio) for id in ids])
+
+    def examples(self, ids: Sequence[int], utterances: Sequence[Utterance]) -> list[Example]:
+        """Utterances that were read, as model input."""
+        texts = self._tokens([utterance.text for utterance in utterances])
+        made = []
+        for id, utterance, (tokens, cut_tokens) in zip(ids, utterances, texts, strict=True):
+            clip, frames, masks, cut_audio = self._clip(id, utterance.waveform)
+            made.append(Example(id, tokens, clip, frames, *masks, utterance.label, cut_tokens, cut_audio))
+        return made
+
+    def _tokens(self, texts: list[str]) -> list[tuple[np.ndarray, bool]]:
+        """(T,) int64 of each text, none for a blank one, and whether it was cut."""
+        found = [(np.empty(0, dtype=np.int64), False)] * len(texts)
+        spoken = [row for row, text in enumerate(texts) if text.strip()]
+        if not self.tokenizer or not spoken:
+            return found
+        # All in one call: most of a call is not tokenising.
+        longest = self.settings.max_tokens
+        encoded = self.tokenizer([texts[row] for row in spoken], truncation=True, max_length=longest + 1)["input_ids"]
+        for row, tokens in zip(spoken, encoded, strict=True):
+            cut = len(tokens) > longest
+            if cut:
+                tokens = self.tokenizer(texts[row], truncation=True, max_length=longest)["input_ids"]
+            found[row] = np.asarray(tokens, dtype=np.int64), cut
+        return found
+
+    def _clip(self, id: int, waveform: np.ndarray | None) -> tuple[torch.Tensor, int, Masks, bool]:
+        """(S,) float32 -> (S' + 512,) int16, its frames, its masks, and whether it was cut."""
+        draws = self.augmentation.draws(id)
+        if waveform is None:
+            return torch.empty(0, dtype=torch.int16), 0, self.augmentation.masks(0, draws), False
+        heard = self.augmentation.waveform(torch.from_numpy(waveform), draws)[: self.max_samples]
+        frames = frames_of(len(heard))
+        cut = len(waveform) > self.max_samples
+        return continued(to_int16(heard)), frames, self.augmentation.masks(frames, draws), cut
 
 
 class Positions:
