@@ -11,7 +11,7 @@ from distributed import run_program
 from rich.console import Console
 from training_fixtures import corpus, recipe
 
-from jointfuse.bench import block, icl, step
+from jointfuse.bench import block, data, icl, plan, step
 from jointfuse.bench.device import held_bytes, peak_bytes
 from jointfuse.errors import UserError
 
@@ -121,6 +121,32 @@ def test_every_mode_of_checkpointing_is_timed_and_weighed(recipe: Path, tmp_path
         assert mode in ended.stdout
         assert found["seconds"] > 0
         assert found["peak_bytes"] is None or found["peak_bytes"] >= 0
+
+
+def test_the_stream_is_timed_beside_decoding_alone_and_webdataset(recipe: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    console = Console(record=True, width=130)
+    result = data.benchmark_data(corpus, 8, [0, 1], 1, out, console)
+    assert json.loads(out.read_text()) == result
+    ways = [f"{name}, {number} workers" for number in (0, 1) for name in ("jointfuse", "webdataset")]
+    assert list(result["seconds"]) == ["reading the bytes", "decoding alone", *ways]
+    assert all(taken > 0 for taken in result["seconds"].values())
+    assert result["formats"]["WAV"]["bytes_a_second"] > result["formats"]["FLAC"]["bytes_a_second"] > 0
+    printed = console.export_text()
+    assert all(way in printed for way in ways)
+    with pytest.raises(UserError, match=r"--batch 64: .* has 43 utterances to train on"):
+        data.benchmark_data(corpus, 64, None, 1, out, console)
+
+
+def test_a_plan_of_any_size_is_timed_to_its_end(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    console = Console(record=True, width=130)
+    result = plan.benchmark_plan(5003, 70, 64, out, console)
+    assert json.loads(out.read_text()) == result
+    assert result["epoch_seconds"] > 0
+    assert "5,003 utterances in 70 shards, batches of 64" in console.export_text()
+    with pytest.raises(UserError, match="--shards 9: there are 5 utterances"):
+        plan.benchmark_plan(5, 9, 1, out, console)
 
 
 def test_what_a_graph_holds_is_weighed() -> None:

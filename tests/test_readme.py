@@ -39,6 +39,10 @@ SHORTER = {
     "python -m jointfuse.bench checkpointing --recipe demo data.corpus=corpora/demo": {
         "--recipe demo": "--recipe demo --steps 1"
     },
+    "python -m jointfuse.bench data --corpus corpora/demo": {"bench data": "bench data --repeats 1 --workers 1"},
+    "python -m jointfuse.bench plan --utterances 100000000 --shards 100000": {
+        "--utterances 100000000 --shards 100000": "--utterances 10000 --shards 100"
+    },
 }
 # .ci/run runs the first two as they are, and the third within the first, with another recipe and one seed.
 IN_CI = [

@@ -23,8 +23,7 @@ BATCH, EPOCH = 4, 3
 def plan_of(corpus: Corpus) -> tuple[Any, Plan]:
     """Blocks of two shards or so."""
     reader = reader_of(corpus, "both")
-    shards = [shard["samples"] for shard in reader.split.info["shards"]]
-    return reader, Plan(reader.positions((16, 16)), BATCH, seed=5, shards=shards, block=8)
+    return reader, Plan(reader.positions((16, 16)), BATCH, seed=5, shards=reader.split.shard_sizes, block=8)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +76,7 @@ def test_ranks_and_workers_change_no_global_batch(
     world_size: int, shards: int, uneven_corpus: Corpus, many_shards: Corpus, tmp_path: Path
 ) -> None:
     corpus = uneven_corpus if shards == 3 else many_shards
-    sizes = [shard["samples"] for shard in corpus.split("train").info["shards"]]
+    sizes = corpus.split("train").shard_sizes
     assert len(sizes) == shards
     assert len(set(sizes)) > 1
     path = corpus.path

@@ -1,4 +1,4 @@
-"""python -m jointfuse.bench icl | block | step | checkpointing | data"""
+"""python -m jointfuse.bench icl | block | step | checkpointing | data | plan"""
 
 import sys
 from pathlib import Path
@@ -96,6 +96,19 @@ def data(
     from jointfuse.bench.data import benchmark_data
 
     benchmark_data(corpus, batch, workers, repeats, out, _console())
+
+
+@app.command()
+def plan(
+    utterances: Annotated[int, typer.Option(min=1, help="of a made-up index; 38 bytes each on disk")] = 10**7,
+    shards: Annotated[int, typer.Option(min=1, help="tars, all of them empty")] = 10**4,
+    batch: Annotated[int, typer.Option(min=1, help="utterances in a global batch")] = 1024,
+    out: Annotated[Path | None, typer.Option(help="result file; build/bench/plan-DEVICE.json unless set")] = None,
+) -> None:
+    """The training order of a corpus of any size: time and memory of its first batch and of an epoch."""
+    from jointfuse.bench.plan import benchmark_plan
+
+    benchmark_plan(utterances, shards, batch, out, _console())
 
 
 def _console() -> Console:

@@ -45,7 +45,7 @@ def benchmark_data(
     if len(split) < batch:
         raise UserError(f"--batch {batch}: {corpus} has {len(split)} utterances to train on")
     reader = UtteranceReader(split, DataSettings(), train_tokenizer(split, 1000), True, 0.0, 1.0)
-    plan = Plan(reader.positions((16, 16)), batch, 0, [shard["samples"] for shard in split.info["shards"]])
+    plan = Plan(reader.positions((16, 16)), batch, 0, split.shard_sizes)
     encoded = list(_encoded(reader))
     ways: dict[str, Callable[[], Any]] = {
         "reading the bytes": partial(_read_all, reader, plan),

@@ -62,9 +62,9 @@ def peak_bytes(work: Callable[[], Any]) -> int | None:
     try:
         _give_back_freed_blocks()
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
-        before = _status("VmRSS")
+        before = status("VmRSS")
         work()
-        return max(0, _status("VmHWM") - before)
+        return max(0, status("VmHWM") - before)
     except OSError:
         return None
 
@@ -91,7 +91,7 @@ def _held() -> int:
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
     _give_back_freed_blocks()
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
 def _give_back_freed_blocks() -> None:
@@ -101,7 +101,8 @@ def _give_back_freed_blocks() -> None:
     libc.malloc_trim(0)
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
+    """Bytes that /proc/self/status has under a key, such as VmRSS. Raises OSError where there is none."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024

@@ -76,21 +76,27 @@ class Plan:
         """
         if not len(self.lengths):
             raise UserError("the training split is empty: there is nothing to plan")
+        if start >= self.steps_per_epoch:
+            return
         blocks = self._blocks(epoch)
         done = start * self.batch
-        number = int(np.searchsorted(blocks.before, done, side="right")) - 1
-        held = self._order(epoch, blocks, number)[done - blocks.before[number] :]
-        for _ in range(start, self.steps_per_epoch):
-            while len(held) < self.batch and number + 1 < len(blocks.before):
-                number += 1
-                held = np.concatenate([held, self._order(epoch, blocks, number)])
-            ids, held = held[: self.batch], held[self.batch :]
-            valid = np.arange(self.batch) < len(ids)
-            if not valid.all():
-                repeats = np.resize(blocks.shuffled(0, self._random(epoch, 0)), self.batch - len(ids))
-                ids = np.concatenate([ids, repeats])
-            by_length = np.argsort(self.lengths[ids], kind="stable")
-            yield ids[by_length], valid[by_length]
+        first = int(np.searchsorted(blocks.before, done, side="right")) - 1
+        every = np.ones(self.batch, dtype=bool)
+        begun = np.empty(0, dtype=np.int64)  # of a batch over the edge of blocks
+        for number in range(first, len(blocks.before)):
+            head, whole, tail = self._block(epoch, blocks, number)
+            if number == first:
+                head, whole = head[:0], whole[(done - blocks.before[first] - len(head)) // self.batch :]
+            begun = np.concatenate([begun, head])
+            if len(begun) == self.batch:
+                yield self._by_length(begun, every)
+                begun = begun[:0]
+            for ids in whole:
+                yield ids, every
+            begun = np.concatenate([begun, tail])
+        if len(begun):
+            repeats = np.resize(blocks.shuffled(0, self._random(epoch, 0)), self.batch - len(begun))
+            yield self._by_length(np.concatenate([begun, repeats]), np.arange(self.batch) < len(begun))
 
     def counted(self, number: int) -> int:
         """Utterances of an epoch's batch `number` that count."""
@@ -114,16 +120,20 @@ class Plan:
         _, cuts = np.unique(before // self.block, return_index=True)
         return _Blocks(np.cumsum(sizes) - sizes, sizes, np.split(order, cuts[1:]), before[cuts])
 
-    def _order(self, epoch: int, blocks: "_Blocks", number: int) -> np.ndarray:
-        """(n,) ids of a block as they are trained on: the first ones complete the batch that the block before began,
-        the last ones begin one, those between make whole batches."""
+    def _block(self, epoch: int, blocks: "_Blocks", number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The ids of a block as they are trained on: those (h,) that complete the batch which the block before began,
+        whole batches (n, batch), and those (t,) that begin one."""
         random = self._random(epoch, number)
         order = blocks.shuffled(number, random)
         head = min(int(-blocks.before[number] % self.batch), len(order))
-        whole = slice(head, head + (len(order) - head) // self.batch * self.batch)
-        by_length = order[whole][_sorted(self.lengths[order[whole]], self.window * self.batch)]
-        order[whole] = random.permutation(by_length.reshape(-1, self.batch), axis=0).ravel()
-        return order
+        tail = head + (len(order) - head) // self.batch * self.batch
+        whole = order[head:tail]
+        whole = whole[_sorted(self.lengths[whole], self.window * self.batch)].reshape(-1, self.batch)
+        return order[:head], random.permutation(whole, axis=0), order[tail:]
+
+    def _by_length(self, ids: np.ndarray, valid: np.ndarray) -> Planned:
+        order = np.argsort(self.lengths[ids], kind="stable")
+        return ids[order], valid[order]
 
 
 class _Blocks(NamedTuple):

@@ -229,7 +229,8 @@ class Split:
         self.corpus, self.name, self.info = corpus, name, info
         self.folder = corpus / name
         self.shards = [self.folder / shard["name"] for shard in info["shards"]]
-        self._first = [0, *accumulate(shard["samples"] for shard in info["shards"])]  # sample of each shard
+        self.shard_sizes: list[int] = [shard["samples"] for shard in info["shards"]]
+        self._first = [0, *accumulate(self.shard_sizes)]  # sample of each shard
         self._index: np.memmap | None = None
         self._handles: dict[int, _Handle] = {}
         self._keys: dict[int, list[str]] = {}

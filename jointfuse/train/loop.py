@@ -89,8 +89,7 @@ class Trainer:
         network.freeze(settings.freeze)
         self.train_reader, self.dev_reader = self._reader("train"), self._reader("dev")
         positions = self.train_reader.positions(config.model.vision.patch)
-        shards = [shard["samples"] for shard in self.train_reader.split.info["shards"]]
-        self.plan = Plan(positions, settings.batch, settings.seed, shards)
+        self.plan = Plan(positions, settings.batch, settings.seed, self.train_reader.split.shard_sizes)
         self.steps = settings.steps or self.plan.steps_per_epoch * (settings.epochs or 0)
         objective = Objective(network, config.loss, self.division.accumulation)
         if "temperature" in settings.freeze and objective.trained_temperature is not None:
