@@ -66,6 +66,10 @@ class DataSettings(Settings):
     missing_modality: Literal["error", "allow"] = Field(
         "error", description="allow: a sample without clip or text goes through the modality it has"
     )
+    on_error: Literal["fail", "skip"] = Field(
+        "fail", description="skip: a training utterance that cannot be read is left out, counted and named"
+    )
+    most_skipped: Share = Field(0.01, description="share of an epoch that may be skipped until the run ends")
     workers: Count = Field(1, description="decoding processes a rank")
     augment: AugmentSettings = AugmentSettings()
 

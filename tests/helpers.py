@@ -187,3 +187,7 @@ def planned_epoch(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """A whole epoch: ids and whether they count, each (steps, batch)."""
     ids, valid = zip(*plan.batches(epoch), strict=True)
     return np.stack(ids), np.stack(valid)
+
+
+def example_of(reader: UtteranceReader, id: int) -> Example:
+    return reader.examples([id], [reader.split.sample(id, audio=reader.audio)])[0]

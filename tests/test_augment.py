@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import reader_of
+from helpers import example_of, reader_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,7 +43,7 @@ def reader(uneven_corpus: Corpus) -> UtteranceReader:
 
 
 def epoch_of(reader: UtteranceReader, seed: int, epoch: int) -> UtteranceReader:
-    return reader.augmented(Augmentation(EVERYTHING, seed, epoch))
+    return reader.for_training(Augmentation(EVERYTHING, seed, epoch))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -51,7 +51,7 @@ def test_a_clips_variant_depends_on_seed_epoch_and_id_not_on_batch_order_or_work
     workers: int, reader: UtteranceReader
 ) -> None:
     number = len(reader.split.index)
-    alone = [epoch_of(reader, 1, 4).read([id])[0] for id in range(number)]
+    alone = [example_of(epoch_of(reader, 1, 4), id) for id in range(number)]
     order = np.random.default_rng(0).permutation(number)
     planned = [(part, np.ones(len(part), dtype=bool)) for part in np.array_split(order, 5)]
     for batch in stream(epoch_of(reader, 1, 4), planned, workers):
@@ -64,8 +64,8 @@ def test_a_clips_variant_depends_on_seed_epoch_and_id_not_on_batch_order_or_work
 
 
 def test_another_epoch_or_seed_or_utterance_has_other_variants(reader: UtteranceReader) -> None:
-    plain = reader.read([3])[0]
-    variants = [epoch_of(reader, seed, epoch).read([3])[0] for seed, epoch in ((1, 4), (1, 5), (2, 4))]
+    plain = example_of(reader, 3)
+    variants = [example_of(epoch_of(reader, seed, epoch), 3) for seed, epoch in ((1, 4), (1, 5), (2, 4))]
     for number, one in enumerate([plain, *variants]):
         for other in variants[number:]:
             assert not torch.equal(one.clip, other.clip)
@@ -75,19 +75,19 @@ def test_another_epoch_or_seed_or_utterance_has_other_variants(reader: Utterance
 
 
 def test_the_reader_of_an_epoch_leaves_the_plain_one_as_it_was(reader: UtteranceReader) -> None:
-    before = reader.read([3])[0]
-    epoch_of(reader, 1, 4).read([3])[0]
-    assert torch.equal(reader.read([3])[0].clip, before.clip)
-    assert reader.read([3])[0].bin_masks.size == reader.read([3])[0].frame_masks.size == 0
+    before = example_of(reader, 3)
+    example_of(epoch_of(reader, 1, 4), 3)
+    assert torch.equal(example_of(reader, 3).clip, before.clip)
+    assert example_of(reader, 3).bin_masks.size == example_of(reader, 3).frame_masks.size == 0
 
 
 def test_with_nothing_set_nothing_changes(reader: UtteranceReader) -> None:
-    unset = reader.augmented(Augmentation(AugmentSettings(), 1, 4))
+    unset = reader.for_training(Augmentation(AugmentSettings(), 1, 4))
     for id in range(len(reader.split.index)):
-        assert torch.equal(unset.read([id])[0].clip, reader.read([id])[0].clip)
+        assert torch.equal(example_of(unset, id).clip, example_of(reader, id).clip)
         waveform = reader.split.sample(id).waveform
         assert waveform is not None
-        assert torch.equal(reader.read([id])[0].clip[256:-256].float() / 32768, torch.from_numpy(waveform))
+        assert torch.equal(example_of(reader, id).clip[256:-256].float() / 32768, torch.from_numpy(waveform))
 
 
 @given(ids)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from distributed import run_program
 from helpers import planned_epoch, reader_of
-from training_fixtures import corpus, recipe
+from training_fixtures import corpus, damage_a_clip, recipe
 
 from jointfuse import launch
 from jointfuse.config import load_config
@@ -73,18 +73,6 @@ def test_the_command_evaluates_that_run_on_two_ranks(run: Path) -> None:
     assert ended.stdout.splitlines()[-1] == f"report: {run / 'eval-test' / 'report.html'}"
     metrics = json.loads((run / "eval-test" / "metrics.json").read_text(encoding="utf-8"))
     assert f"{100 * metrics['weighted_f1']:.2f}" in ended.stdout
-
-
-def damage_a_clip(corpus: Path, id: int) -> str:
-    """Overwrite the sound of one training utterance, none of its bytes moved; the utterance's key."""
-    split = Corpus.open(corpus).split("train")
-    entry = split.index[id]
-    tar = split.shards[int(entry["shard"])]
-    data = bytearray(tar.read_bytes())
-    begin = data.index(b"fLaC", int(entry["offset"]), int(entry["offset"]) + int(entry["size"]))
-    data[begin : begin + 64] = bytes(64)
-    tar.write_bytes(data)
-    return split.key(id)
 
 
 def test_a_rank_that_fails_alone_ends_the_job_with_its_line(recipe: Path, corpus: Path, tmp_path: Path) -> None:

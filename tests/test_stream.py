@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SIZES, read, reader_of
+from helpers import SIZES, example_of, read, reader_of
 
 from jointfuse.config import DataSettings
 from jointfuse.data.batch import HostBatch, collate
@@ -68,7 +68,7 @@ def test_what_comes_is_what_the_corpus_holds(reader: UtteranceReader) -> None:
 
 
 def test_collate_pads_behind_each_utterance_and_marks_what_is_real(reader: UtteranceReader) -> None:
-    examples = reader.read([1, 0, 7])
+    examples = [example_of(reader, id) for id in (1, 0, 7)]
     batch = collate(examples, np.array([True, False, True]), pad_token=1)
     assert batch.ids.tolist() == [1, 0, 7]
     assert batch.valid.tolist() == [True, False, True]

@@ -17,6 +17,7 @@ import yaml
 from jointfuse.config import load_config
 from jointfuse.data.build import build
 from jointfuse.data.corpora.table import table_corpus
+from jointfuse.data.shards import Corpus
 
 LABELS = ("anger", "calm", "fear", "joy")
 # With batches of 6 the last batch of an epoch holds one utterance and five fillers: of 2 or 3 ranks, all but one have
@@ -103,6 +104,18 @@ def recipe(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = RECIPE | {"data": RECIPE["data"] | {"corpus": str(corpus)}}
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path
+
+
+def damage_a_clip(corpus: Path, id: int) -> str:
+    """Overwrite the sound of one training utterance, none of its bytes moved; the utterance's key."""
+    split = Corpus.open(corpus).split("train")
+    entry = split.index[id]
+    tar = split.shards[int(entry["shard"])]
+    data = bytearray(tar.read_bytes())
+    begin = data.index(b"fLaC", int(entry["offset"]), int(entry["offset"]) + int(entry["size"]))
+    data[begin : begin + 64] = bytes(64)
+    tar.write_bytes(data)
+    return split.key(id)
 
 
 def stage_file(stage: int, folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """Utterances put together into padded tensors: as they come from the disk, and as the model takes them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -36,9 +37,10 @@ class Batch:
     mel: torch.Tensor  # (B, F, 80) float32, zeros behind each clip's end
     frames: torch.Tensor  # (B,) int64
     labels: torch.Tensor  # (B,) int64
-    valid: torch.Tensor  # (B,) bool; false: a repeat that fills the batch
+    valid: torch.Tensor  # (B,) bool; false: a repeat that fills the batch, or skipped
     cut_tokens: int
     cut_audio: int
+    skipped: list[str]  # why each utterance that was to count could not be read
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,14 @@ class HostBatch:
     valid: torch.Tensor
     cut_tokens: int
     cut_audio: int
+    skipped: list[str]
 
     def to(self, device: torch.device | str, front_end: FrontEnd) -> Batch:
         """On `device`, the spectrograms made there."""
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()}
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()}
         heard = [moved.pop(name) for name in ("clips", "bin_masks", "frame_masks")]
         mel = front_end(heard[0], moved["frames"], *heard[1:])
-        return Batch(**moved, mel=mel, cut_tokens=self.cut_tokens, cut_audio=self.cut_audio)
+        return Batch(**moved, mel=mel, cut_tokens=self.cut_tokens, cut_audio=self.cut_audio, skipped=self.skipped)
 
     def pin_memory(self) -> Self:
         pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
@@ -74,7 +77,7 @@ class HostBatch:
         return {name: value for name, value in found if isinstance(value, torch.Tensor)}
 
 
-def collate(examples: list[Example], valid: np.ndarray, pad_token: int) -> HostBatch:
+def collate(examples: list[Example], valid: np.ndarray, pad_token: int, skipped: Sequence[str] = ()) -> HostBatch:
     """Pad to the longest text and the longest clip of the batch (at least one position each)."""
     tokens = torch.full((len(examples), max(1, *(len(e.tokens) for e in examples))), pad_token, dtype=torch.long)
     token_mask = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -99,4 +102,5 @@ def collate(examples: list[Example], valid: np.ndarray, pad_token: int) -> HostB
         valid=torch.from_numpy(np.asarray(valid, dtype=bool)),
         cut_tokens=sum(e.cut_tokens for e in counted),
         cut_audio=sum(e.cut_audio for e in counted),
+        skipped=list(skipped),
     )

@@ -29,6 +29,7 @@ from jointfuse.errors import UserError
 # Decoding processes are copies of one that may have tokenised, and its threads would not be in them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+NOTHING = Utterance("", "", None, 0, "", "", 0, {})
 Masks = tuple[np.ndarray, np.ndarray]  # of bins and of frames, each (M, 2) int64, first and number
 
 
@@ -58,6 +59,7 @@ class UtteranceReader:
         self.front_end = FrontEnd(mel_mean, mel_deviation)
         self.max_samples = round(settings.max_seconds * SAMPLE_RATE)
         self.augmentation = Augmentation(AugmentSettings(), seed=0, epoch=0)
+        self.skips = False
         self._require_modalities()
 
     def positions(self, patch: tuple[int, int]) -> "Positions":
@@ -65,10 +67,11 @@ class UtteranceReader:
         characters, which an index counts and tokens follow."""
         return Positions(self.split, self.settings.max_seconds, patch if self.audio else None)
 
-    def augmented(self, augmentation: Augmentation) -> Self:
-        """The same utterances, their clips varied."""
+    def for_training(self, augmentation: Augmentation) -> Self:
+        """The same utterances, their clips varied; what cannot be read is skipped where `on_error` says so. Scores are
+        never of fewer utterances than there are."""
         reader = copy(self)
-        reader.augmentation = augmentation
+        reader.augmentation, reader.skips = augmentation, self.settings.on_error == "skip"
         return reader
 
     def _require_modalities(self) -> None:
@@ -93,12 +96,21 @@ class UtteranceReader:
         return self.split.key(int(np.all([self.split.index[columns[what]] == 0 for what in lacked], axis=0).argmax()))
 
     def batch(self, planned: Planned) -> HostBatch:
-        ids, valid = planned
+        """What is planned, read and padded; a skipped utterance is there as one without text and clip, not valid."""
+        ids, valid = planned[0].tolist(), planned[1].copy()
+        utterances, skipped = [], []
+        for row, id in enumerate(ids):
+            try:
+                utterances.append(self.split.sample(id, audio=self.audio))
+            except UserError as error:
+                if not self.skips:
+                    raise
+                if valid[row]:
+                    skipped.append(str(error))
+                valid[row] = False
+                utterances.append(NOTHING)
         pad = self.tokenizer.pad_token_id if self.tokenizer else 0
-        return collate(self.read(ids.tolist()), valid, pad)
-
-    def read(self, ids: Sequence[int]) -> list[Example]:
-        return self.examples(ids, [self.split.sample(id, audio=self.audio) for id in ids])
+        return collate(self.examples(ids, utterances), valid, pad, skipped)
 
     def examples(self, ids: Sequence[int], utterances: Sequence[Utterance]) -> list[Example]:
         """Utterances that were read, as model input."""
@@ -175,7 +187,7 @@ def stream(reader: UtteranceReader, planned: Iterable[Planned], workers: int, pi
     ahead.
 
     Raises:
-        UserError: an utterance could not be read.
+        UserError: an utterance could not be read, or a decoding process was killed.
     """
     loader: DataLoader[Any] = DataLoader(
         _PlannedBatches(reader),
@@ -185,7 +197,19 @@ def stream(reader: UtteranceReader, planned: Iterable[Planned], workers: int, pi
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
     )
-    for batch in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a decoding process ended ({str(error).splitlines()[0]}), probably for want of memory; "
+                "choose fewer data.workers or a smaller train.batch and go on with --resume"
+            ) from error
         if isinstance(batch, UserError):
             raise batch
         yield batch

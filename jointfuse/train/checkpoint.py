@@ -18,8 +18,17 @@ from jointfuse.config import Config, changed_keys, read_yaml, validate
 from jointfuse.data.shards import Corpus
 from jointfuse.errors import UserError
 
-# Settings that may differ between a checkpoint and the run that resumes it: none of them changes a number.
-FREE = {"data.workers", "data.corpus", "train.keep_checkpoints", "train.save_every", "recipe"}
+# Settings that may differ between a checkpoint and the run that resumes it: none of them changes a
+# number while all utterances can be read.
+FREE = {
+    "data.workers",
+    "data.corpus",
+    "data.on_error",
+    "data.most_skipped",
+    "train.keep_checkpoints",
+    "train.save_every",
+    "recipe",
+}
 
 
 @dataclass

@@ -41,7 +41,13 @@ from jointfuse.train.engine import check_compile, divide, full_state, read_ds_co
 from jointfuse.train.objective import Objective
 from jointfuse.train.pool import pool_step
 from jointfuse.train.progress import Display, peak_memory
-from jointfuse.train.run_folder import MetricsLog, check_run_folder, create_run_folder
+from jointfuse.train.run_folder import (
+    SKIPPED,
+    MetricsLog,
+    check_run_folder,
+    create_run_folder,
+    note_skipped,
+)
 from jointfuse.train.schedule import lr_factor
 
 NEVER = 2**62  # a step
@@ -106,6 +112,7 @@ class Trainer:
         if checkpoint:
             load_checkpoint(self.engine, checkpoint)
         self.log = MetricsLog(run, self.position.step) if self.rank == 0 else None
+        self.skipped = 0  # utterances of this epoch, of all ranks, since the run was last started
         self.score_name = "weighted_f1" if settings.choose_by == "last" else settings.choose_by
         self.evaluate_every = self._in_steps(settings.evaluate_every)
         self.save_every = self._in_steps(settings.save_every)
@@ -167,6 +174,7 @@ class Trainer:
                 window.flush()
             if position.batch == self.plan.steps_per_epoch:
                 window.flush()
+                self._report_skipped()
                 position.epoch, position.batch = position.epoch + 1, 0
             if position.step % self.evaluate_every == 0 or last:
                 window.flush()
@@ -189,14 +197,24 @@ class Trainer:
         planned = self.plan.share(epoch, start, self.world_size, self.rank, accumulation)
         pin = self.device.type == "cuda"
         augmentation = Augmentation(self.config.data.augment, self.config.train.seed, epoch)
-        reader = self.train_reader.augmented(augmentation)
+        reader = self.train_reader.for_training(augmentation)
         host = stream(reader, planned, self.config.data.workers, pin)
         batches = iter(Feed(host, self.device, reader.front_end, self.waited))
         for number in range(start, self.plan.steps_per_epoch):
             yield self.plan.counted(number), list(islice(batches, accumulation))
 
+    def _counted(self, total: int, micro: list[Batch]) -> int:
+        """Real utterances in a global batch: those planned, less those that any rank had to skip."""
+        if self.config.data.on_error == "fail":
+            return total
+        note_skipped(self.run, self.rank, self.position.step, [why for batch in micro for why in batch.skipped])
+        counted = torch.stack([batch.valid.sum() for batch in micro]).sum()
+        dist.all_reduce(counted)
+        return max(1, int(counted))
+
     def _step(self, total: int, micro: list[Batch], window: "_Window") -> None:
         position, settings = self.position, self.config.train
+        total = self._counted(total, micro)
         factor = lr_factor(settings, position.step - 1, self.steps)
         for group, base in zip(self.engine.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * factor
@@ -266,6 +284,14 @@ class Trainer:
             best = chosen_by if better else None
             self.log.write("dev", position.step, epoch=position.epoch, **figures, best=best)
 
+    def _report_skipped(self) -> None:
+        if self.skipped:
+            self.display.line(
+                f"epoch {self.position.epoch + 1}: {self.skipped} of {len(self.plan.lengths)} utterances could not be "
+                f"read and were skipped; {self.run / SKIPPED} names them"
+            )
+        self.skipped = 0
+
     def _report_start(self) -> None:
         division, position = self.division, self.position
         trained = sum(_size(p) for p in self.engine.module.parameters() if p.requires_grad)
@@ -288,8 +314,9 @@ class _Window:
         self._clear()
 
     def _clear(self) -> None:
-        # L_ERC, L_ICL, cut texts, cut clips; keys, anchors, counted anchors, positives, negatives and their similarity
-        self.sums = torch.zeros(11, device=self.trainer.device)
+        # L_ERC, L_ICL, cut texts, cut clips, skipped; keys, anchors, counted anchors, positives, negatives and their
+        # similarity
+        self.sums = torch.zeros(12, device=self.trainer.device)
         self.broken = torch.full((), NEVER, device=self.trainer.device)  # the first step whose loss is not finite
         self.micro_steps, self.steps, self.utterances = 0, 0, 0
         self.started, self.waited = time.monotonic(), self.trainer.waited.seconds
@@ -302,10 +329,11 @@ class _Window:
         self.sums[1] += losses["icl"]
         self.sums[2] += batch.cut_tokens
         self.sums[3] += batch.cut_audio
+        self.sums[4] += len(batch.skipped)
         if "statistics" in losses:
             *sizes, positives, negatives, positive, negative = losses["statistics"]
             pairs = [positives, negatives, positive * positives, negative * negatives]
-            self.sums[4:] += torch.stack([*sizes, *pairs])
+            self.sums[5:] += torch.stack([*sizes, *pairs])
 
     def end_step(self, total: int) -> None:
         self.steps += 1
@@ -317,13 +345,14 @@ class _Window:
             return
         trainer, position = self.trainer, self.trainer.position
         dist.all_reduce(self.sums)
-        erc, icl, cut_texts, cut_clips, *pools = self.sums.tolist()
+        erc, icl, cut_texts, cut_clips, skipped, *pools = self.sums.tolist()
         micro_steps = trainer.world_size * self.micro_steps
         erc, icl = erc / micro_steps, icl / micro_steps
         loss = erc + trainer.config.loss.icl_weight * icl
         if not math.isfinite(loss):
             dist.all_reduce(self.broken, dist.ReduceOp.MIN)
             raise trainer.diverged(f"step {int(self.broken)}: the loss is not finite")
+        self._count_skipped(int(skipped))
         elapsed = time.monotonic() - self.started
         rate = self.utterances / elapsed
         trainer.display.figures(position.step, position.epoch, loss, rate)
@@ -343,9 +372,21 @@ class _Window:
                 peak_memory_gib=peak_memory(),
                 cut_texts=int(cut_texts),
                 cut_clips=int(cut_clips),
+                skipped=int(skipped),
                 **(_pool_figures(pools, micro_steps) if trainer.engine.module.contrast else {}),
             )
         self._clear()
+
+    def _count_skipped(self, skipped: int) -> None:
+        trainer = self.trainer
+        trainer.skipped += skipped
+        utterances, most = len(trainer.plan.lengths), trainer.config.data.most_skipped
+        if trainer.skipped > most * utterances:
+            raise UserError(
+                f"{trainer.skipped} of {utterances} utterances could not be read so far in epoch "
+                f"{trainer.position.epoch + 1}, more than data.most_skipped = {most}; {trainer.run / SKIPPED} names "
+                f"them; mend the corpus (`tools/verify_shards.py {trainer.corpus.path}`) and go on with --resume"
+            )
 
 
 def _pool_figures(sums: list[float], pools: int) -> dict[str, float | None]:

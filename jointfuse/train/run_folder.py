@@ -3,7 +3,7 @@
 RUN/config.yaml        resolved settings          RUN/checkpoints/   to resume from
 RUN/environment.json   versions and devices       RUN/best/          the chosen model
 RUN/metrics.jsonl      losses and dev scores      RUN/tokenizer/     where the model reads text
-RUN/tensorboard/
+RUN/tensorboard/           RUN/skipped.jsonl  with data.on_error=skip: what could not be read, and why
 """
 
 import json
@@ -21,6 +21,8 @@ from jointfuse.config import Config
 from jointfuse.errors import UserError
 from jointfuse.evaluate.history import read_metrics
 from jointfuse.train.checkpoint import write_atomically
+
+SKIPPED = "skipped.jsonl"
 
 
 def check_run_folder(run: Path, resume: bool) -> None:
@@ -49,6 +51,14 @@ def create_run_folder(run: Path, config: Config, world_size: int) -> None:
     }
     write_atomically(run / "environment.json", json.dumps(environment, indent=2) + "\n")
     write_atomically(run / "config.yaml", config.to_yaml())
+
+
+def note_skipped(run: Path, rank: int, step: int, reasons: list[str]) -> None:
+    """Every rank adds its own; a resumed run may name one a second time."""
+    lines = [json.dumps({"step": step, "rank": rank, "why": why}, ensure_ascii=False) + "\n" for why in reasons]
+    if lines:
+        with (run / SKIPPED).open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
 
 
 class MetricsLog:
