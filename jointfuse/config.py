@@ -61,6 +61,13 @@ class DataSettings(Settings):
     """What is read, and how much of each utterance."""
 
     corpus: str = Field("", description="folder made by tools/build_shards.py")
+    remote: str = Field(
+        "",
+        description="where tars lie that are not in the corpus: URL, or pipe: and command, with {split} and {shard}",
+    )
+    cache: str = Field("", description="with remote: folder on a local disk that keeps tars; all ranks may share it")
+    cache_gib: Rate = Field(100.0, description="the most it holds; let it hold the tars of two shuffle blocks")
+    shuffle_block: Positive = Field(2**16, description="utterances shuffled together, in whole shards")
     max_seconds: Rate = Field(10.0, description="longer clips are cut, counted and reported", le=120)
     max_tokens: Positive = Field(128, description="longer texts are cut, counted and reported", ge=4)
     missing_modality: Literal["error", "allow"] = Field(

@@ -9,11 +9,13 @@ A dialogue is contiguous, in turn order, and lies in one shard. Nothing read fro
 inside a tar is used as a path.
 """
 
+import errno
 import hashlib
 import io
 import json
 import os
 import tarfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,11 +26,14 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 import soundfile
 
+from jointfuse.data.cache import ShardCache
 from jointfuse.data.index import FORMAT, INDEX_DTYPE, replacing
 from jointfuse.errors import UserError
 
 SAMPLE_RATE = 16_000  # Hz; features.SAMPLE_RATE, repeated here because importing that module imports torch
 OPEN_TARS = 64  # kept open by one Split in one process
+READ_ATTEMPTS, FIRST_WAIT = 4, 0.2  # seconds, doubled with each attempt
+FINAL = (errno.ENOENT, errno.EACCES, errno.EMFILE, errno.EISDIR)  # does not pass by waiting
 SIDECARS_KEPT = 8
 
 
@@ -123,12 +128,11 @@ def write_tar(path: Path, utterances: Iterable[Utterance], seen: Accumulator | N
 class _Handle:
     """A file descriptor that closes when its last user lets go of it."""
 
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        os.close(self.descriptor)
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
@@ -223,8 +227,8 @@ def parse_utterance(data: bytes, audio: bool = True) -> Utterance:
 class Split:
     """One split of a corpus, sample by sample. May be pickled and forked: files are opened where they are read."""
 
-    def __init__(self, corpus: Path, name: str, info: dict[str, Any]) -> None:
-        self.corpus, self.name, self.info = corpus, name, info
+    def __init__(self, corpus: Path, name: str, info: dict[str, Any], cache: ShardCache | None = None) -> None:
+        self.corpus, self.name, self.info, self.cache = corpus, name, info, cache
         self.folder = corpus / name
         self.shards = [self.folder / shard["name"] for shard in info["shards"]]
         self.shard_sizes: list[int] = [shard["samples"] for shard in info["shards"]]
@@ -260,6 +264,14 @@ class Split:
         try:
             return parse_utterance(data, audio)
         except ValueError as error:
+            if not self.cache:
+                raise self._damaged(i, str(error)) from error
+        # What was whole when it was fetched has gone bad on this machine's disk.
+        self.cache.drop(self.info["shards"][int(self.index[i]["shard"])])
+        data = self.read(i)
+        try:
+            return parse_utterance(data, audio)
+        except ValueError as error:
             raise self._damaged(i, str(error)) from error
 
     def audio_bytes(self, i: int) -> bytes | None:
@@ -284,18 +296,32 @@ class Split:
     def read(self, i: int) -> bytes:
         """Sample `i`'s bytes, tar headers included. Raises UserError with shard, key and offset."""
         shard, offset, size, *_ = self.index[i].item()
-        try:
-            handle = self._handles.get(shard)
-            if handle is None:
-                if len(self._handles) >= OPEN_TARS:
-                    self._handles.clear()
-                handle = self._handles[shard] = _Handle(self.shards[shard])
-            data = os.pread(handle.descriptor, size, offset)
-        except (OSError, IndexError) as error:
-            raise self._damaged(i, str(error)) from error
+        for attempt in range(READ_ATTEMPTS):
+            try:
+                handle = self._opened(shard)
+                data = os.pread(handle.descriptor, size, offset)
+                break
+            except OSError as error:
+                # A shared file system that was away for a moment.
+                self._handles.pop(shard, None)
+                if attempt == READ_ATTEMPTS - 1 or error.errno in FINAL:
+                    raise self._damaged(i, str(error)) from error
+                time.sleep(FIRST_WAIT * 2**attempt)
         if len(data) < size:
             raise self._damaged(i, f"the file ends {size - len(data)} bytes early")
         return data
+
+    def _opened(self, shard: int) -> _Handle:
+        """A shard's tar. Those used last stay open, but not in a cache, where they would take room when given up."""
+        if self.cache:
+            return _Handle(self.cache.open(self.name, self.info["shards"][shard]))
+        handle = self._handles.pop(shard, None)
+        if handle is None:
+            if len(self._handles) >= OPEN_TARS:
+                del self._handles[next(iter(self._handles))]
+            handle = _Handle(os.open(self.shards[shard], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
+        self._handles[shard] = handle
+        return handle
 
     def _damaged(self, i: int, why: str) -> UserError:
         place = f"{self.folder}: sample {i}"
@@ -309,8 +335,8 @@ class Split:
 class Corpus:
     """A finished corpus folder."""
 
-    def __init__(self, path: Path, info: dict[str, Any]) -> None:
-        self.path, self.info = path, info
+    def __init__(self, path: Path, info: dict[str, Any], cache: ShardCache | None = None) -> None:
+        self.path, self.info, self.cache = path, info, cache
         self.name: str = info["name"]
         self.labels: list[str] = info["labels"]
         self.speakers: list[str] = info["speakers"]
@@ -319,8 +345,12 @@ class Corpus:
         self.splits: list[str] = list(info["splits"])
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], check_sizes: bool = True) -> "Corpus":
-        """Open the corpus in folder `path`; `check_sizes` looks at every shard's size, without reading it.
+    def open(cls, path: str | os.PathLike[str], check_sizes: bool = True, cache: ShardCache | None = None) -> "Corpus":
+        """Open the corpus in folder `path`.
+
+        Args:
+            check_sizes: look at every shard's size, without reading it.
+            cache: where the shards come from when they are not in that folder; no sizes are looked at then.
 
         Raises:
             UserError: there is no finished corpus of this format there, or a shard is missing or of another size.
@@ -339,11 +369,11 @@ class Corpus:
             found = info.get("format")
             if found != FORMAT:
                 raise UserError(f"{file}: format {found}, this version reads format {FORMAT}; build the corpus again")
-            corpus = cls(path, info)
+            corpus = cls(path, info, cache)
             for split, content in info["splits"].items():
                 if any(Path(name).name != name for name in (split, *(shard["name"] for shard in content["shards"]))):
                     raise UserError(f"{file}: names a shard outside its folder; do not trust this corpus")
-            if check_sizes:
+            if check_sizes and not cache:
                 corpus._check_sizes()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):
@@ -355,7 +385,7 @@ class Corpus:
         """The split called `name`. Raises UserError with the names there are."""
         if name not in self.info["splits"]:
             raise UserError(f"{self.path}: no split {name!r}; there are {', '.join(self.splits)}")
-        return Split(self.path, name, self.info["splits"][name])
+        return Split(self.path, name, self.info["splits"][name], self.cache)
 
     def _check_sizes(self) -> None:
         for split, info in self.info["splits"].items():

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from jointfuse.config import Config, read_yaml, validate
+from jointfuse.data.cache import cache_of
 from jointfuse.data.shards import Corpus, Split
 from jointfuse.data.stream import UtteranceReader
 from jointfuse.errors import UserError
@@ -36,7 +37,9 @@ def evaluate_run(run: Path, split_name: str, corpus_path: str | None = None) -> 
     if not (run / "best").is_dir():
         raise UserError(f"{run}: no chosen model here (RUN/best is missing); train first, or name another run folder")
     model = load_model(run / "best")
-    corpus = Corpus.open(corpus_path or model.config.data.corpus)
+    data = model.config.data
+    cache = None if corpus_path else cache_of(data.remote, data.cache, data.cache_gib)
+    corpus = Corpus.open(corpus_path or data.corpus, cache=cache)
     if corpus.labels != model.labels:
         raise UserError(
             f"{corpus.path}: its labels are {', '.join(corpus.labels)}; the model in {run} was trained on "
@@ -44,10 +47,8 @@ def evaluate_run(run: Path, split_name: str, corpus_path: str | None = None) -> 
         )
     split = corpus.split(split_name)
     network = model.network.cuda() if torch.cuda.is_available() else model.network
-    reader = UtteranceReader(
-        split, model.config.data, model.tokenizer, network.reads_audio, model.mel_mean, model.mel_deviation
-    )
-    predictions = predict(network, reader, model.config.data.workers)
+    reader = UtteranceReader(split, data, model.tokenizer, network.reads_audio, model.mel_mean, model.mel_deviation)
+    predictions = predict(network, reader, data.workers)
     result = score(predictions.labels, predictions.logits.argmax(axis=1), model.labels)
     if world_size() == 1 or torch.distributed.get_rank() == 0:
         _write(run, model.config, corpus, split, predictions, result)

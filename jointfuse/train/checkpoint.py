@@ -23,6 +23,9 @@ from jointfuse.errors import UserError
 FREE = {
     "data.workers",
     "data.corpus",
+    "data.remote",
+    "data.cache",
+    "data.cache_gib",
     "data.on_error",
     "data.most_skipped",
     "train.keep_checkpoints",

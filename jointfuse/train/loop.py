@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from jointfuse.config import Config, parse_interval
 from jointfuse.data.augment import Augmentation
 from jointfuse.data.batch import Batch
+from jointfuse.data.cache import cache_of
 from jointfuse.data.feed import Feed, Waited
 from jointfuse.data.plan import Plan
 from jointfuse.data.shards import Corpus
@@ -95,7 +96,8 @@ class Trainer:
         network.freeze(settings.freeze)
         self.train_reader, self.dev_reader = self._reader("train"), self._reader("dev")
         positions = self.train_reader.positions(config.model.vision.patch)
-        self.plan = Plan(positions, settings.batch, settings.seed, self.train_reader.split.shard_sizes)
+        sizes = self.train_reader.split.shard_sizes
+        self.plan = Plan(positions, settings.batch, settings.seed, sizes, config.data.shuffle_block)
         self.steps = settings.steps or self.plan.steps_per_epoch * (settings.epochs or 0)
         objective = Objective(network, config.loss, self.division.accumulation)
         if "temperature" in settings.freeze and objective.trained_temperature is not None:
@@ -405,7 +407,8 @@ def open_corpus(config: Config) -> Corpus:
     """The corpus of a recipe. Raises UserError where none is named or what is named is none."""
     if not config.data.corpus:
         raise UserError("data.corpus is not set: add data.corpus=FOLDER (tools/build_shards.py makes one)")
-    corpus = Corpus.open(config.data.corpus)
+    cache = cache_of(config.data.remote, config.data.cache, config.data.cache_gib)
+    corpus = Corpus.open(config.data.corpus, cache=cache)
     if len(corpus.labels) < 2:
         raise UserError(f"{config.data.corpus}: its label set is {corpus.labels}; training needs two classes or more")
     return corpus
