@@ -182,3 +182,37 @@ def test_the_variants_of_other_clips_are_the_same_where_one_is_skipped(
         samples = 160 * int(whole.frames[row])
         assert whole.frames[row] == less.frames[row]
         assert torch.equal(whole.clips[row, :samples], less.clips[row, :samples])
+
+
+def delete(tar: Path) -> None:
+    tar.unlink()
+
+
+def truncate(tar: Path) -> None:
+    os.truncate(tar, tar.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("fault", "why"), [(delete, "No such file or directory"), (truncate, r"ends \d+ bytes early")])
+def test_a_shard_that_goes_bad_while_it_is_read_is_named_or_skipped_and_the_others_are_read_in_order(
+    fault: Any, why: str, workers: int, corpus: Path, tmp_path: Path
+) -> None:
+    planned = [(np.array([id]), np.ones(1, dtype=bool)) for id in range(SIZES["train"])]
+    for on_error in ("skip", "fail"):
+        copied = Corpus.open(shutil.copytree(corpus, tmp_path / on_error))
+        reader = reader_of(copied, "both", on_error=on_error)
+        reader.split._handles.clear()  # the tokenizer has read all of it
+        batches = stream(reader.for_training(reader.augmentation), planned, workers)
+        first = next(batches)
+        tar = reader.split.shards[1]
+        fault(tar)
+        if on_error == "fail":
+            with pytest.raises(UserError, match=rf"{tar}: sample .* at byte \d+ cannot be read \(.*{why}"):
+                list(batches)
+            continue
+        found = [first, *batches]
+        assert [int(batch.ids) for batch in found] == list(range(SIZES["train"]))
+        bad = [int(batch.ids) for batch in found if not batch.valid]
+        assert set(range(30, 40)) <= set(bad) <= set(range(20, 40)), "the second shard, or its second half"
+        assert all(str(tar) in why for batch in found for why in batch.skipped)
+        assert sum(len(batch.skipped) for batch in found) == len(bad)
