@@ -67,6 +67,9 @@ class DataSettings(Settings):
     )
     cache: str = Field("", description="with remote: folder on a local disk that keeps tars; all ranks may share it")
     cache_gib: Rate = Field(100.0, description="the most it holds; let it hold the tars of two shuffle blocks")
+    balance: Literal["none", "sqrt", "class"] = Field(
+        "none", description="draw rare classes more often: all alike, or by the square root of their numbers"
+    )
     shuffle_block: Positive = Field(2**16, description="utterances shuffled together, in whole shards")
     max_seconds: Rate = Field(10.0, description="longer clips are cut, counted and reported", le=120)
     max_tokens: Positive = Field(128, description="longer texts are cut, counted and reported", ge=4)

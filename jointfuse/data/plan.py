@@ -4,6 +4,7 @@ Pure numpy, no input or output. An epoch's order is a function of the index, the
 accumulation only divide a global batch that is already decided, so the same batches are seen at any world size.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,9 +20,8 @@ SMALLEST_WINDOW, LARGEST_WINDOW = 8, 256  # batches
 Planned = tuple[np.ndarray, np.ndarray]  # ids (b,) int64, valid (b,) bool
 
 
-class Lengths(Protocol):
-    """Positions that each utterance of a split takes in a batch, in any unit: an array, or what computes them when
-    asked."""
+class Numbers(Protocol):
+    """A number for each utterance of a split: an array, or what computes them when asked."""
 
     def __len__(self) -> int: ...
 
@@ -38,18 +38,22 @@ class Plan:
     the less chance in who meets whom; so it is the narrowest that wastes little.
 
     Args:
-        lengths: of the S utterances, in index order.
+        lengths: positions that each of the S utterances takes in a batch, in any unit, in index order.
         batch: utterances in a global batch. The last one of an epoch is filled with repeats marked not valid.
         seed: of the run.
         shards: utterances of each shard, in index order; all of them are in one where it is left out.
         block: utterances that are shuffled together; whole shards, so it may be a shard more.
+        weights: how often each utterance is drawn, relative to the others of its block; each exactly once where they
+            are left out. An utterance comes twice in a batch only where it is drawn more often than there are batches
+            in a window: beside its copy it would teach a contrastive loss nothing.
     """
 
-    lengths: Lengths
+    lengths: Numbers
     batch: int
     seed: int
     shards: Sequence[int] = ()
     block: int = 2**16
+    weights: Numbers | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -125,10 +129,16 @@ class Plan:
         whole batches (n, batch), and those (t,) that begin one."""
         random = self._random(epoch, number)
         order = blocks.shuffled(number, random)
+        if self.weights is not None:
+            order = random.permutation(_drawn(order, self.weights[order], random.uniform()))
         head = min(int(-blocks.before[number] % self.batch), len(order))
         tail = head + (len(order) - head) // self.batch * self.batch
         whole = order[head:tail]
         whole = whole[_sorted(self.lengths[whole], self.window * self.batch)].reshape(-1, self.batch)
+        if self.weights is not None:
+            for start in range(0, len(whole), self.window):
+                _part_copies(whole[start : start + self.window])
+            whole = np.take_along_axis(whole, np.argsort(self.lengths[whole], axis=1, kind="stable"), axis=1)
         return order[:head], random.permutation(whole, axis=0), order[tail:]
 
     def _by_length(self, ids: np.ndarray, valid: np.ndarray) -> Planned:
@@ -157,6 +167,38 @@ def _sorted(lengths: np.ndarray, window: int) -> np.ndarray:
     for start in range(0, len(places), window):
         places[start : start + window] = start + np.argsort(lengths[start : start + window], kind="stable")
     return places
+
+
+def _drawn(ids: np.ndarray, weights: np.ndarray, start: float) -> np.ndarray:
+    """(n,) -> (n,): each id as often as its share of the weights says, rounded up or down, and so are all the ids of a
+    weight together (systematic sampling; Madow 1949)."""
+    order = np.argsort(weights, kind="stable")
+    until = np.cumsum(weights[order]) * (len(ids) / weights.sum())
+    until[-1] = len(ids)
+    return np.repeat(ids[order], np.diff(np.floor(until + start).astype(np.int64), prepend=0))
+
+
+def _part_copies(batches: np.ndarray) -> None:
+    """Have no id twice in a batch (K, B) if that can be, by exchanging it with one of the nearest batch in place."""
+    held = [Counter(batch) for batch in batches.tolist()]
+    for number, batch in enumerate(batches):
+        for place, id in enumerate(batch.tolist()):
+            if held[number][id] == 1:
+                continue
+            for other in sorted(range(len(batches)), key=lambda other: abs(other - number))[1:]:
+                if id in held[other]:
+                    continue
+                found = next((p for p, one in enumerate(batches[other].tolist()) if one not in held[number]), None)
+                if found is None:
+                    continue
+                exchanged = int(batches[other, found])
+                batch[place], batches[other, found] = exchanged, id
+                for counter, gone, come in ((held[number], id, exchanged), (held[other], exchanged, id)):
+                    counter[come] += 1
+                    counter[gone] -= 1
+                    if not counter[gone]:
+                        del counter[gone]
+                break
 
 
 def padding(lengths: np.ndarray, batches: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -168,6 +168,26 @@ class Positions:
         heard = np.minimum(self.split.index["duration_ms"][ids], self.max_seconds * 1000)
         frames = (heard > 0) + (heard * (FRAMES_PER_SECOND / 1000)).astype(np.int64)
         return -(-frames // self.patch[1]) * (MEL_BINS // self.patch[0])
+
+
+class Weights:
+    """How often each utterance of a split is to be drawn, for those that are asked for; 1 on average.
+
+    Args:
+        balance: class: every class as often; sqrt: a class by the square root of its number (Mahajan et al. 2018).
+    """
+
+    def __init__(self, split: Split, balance: Literal["sqrt", "class"]) -> None:
+        self.split = split
+        counts = np.array(list(split.info["label_counts"].values()), dtype=np.float64)
+        share = np.sqrt(counts) if balance == "sqrt" else (counts > 0).astype(np.float64)
+        self.of_label = len(split) * share / share.sum() / np.maximum(counts, 1)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
+        return self.of_label[self.split.index["label"][ids]]
 
 
 class _PlannedBatches(Dataset[HostBatch]):

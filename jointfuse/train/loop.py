@@ -20,7 +20,7 @@ from jointfuse.data.cache import cache_of
 from jointfuse.data.feed import Feed, Waited
 from jointfuse.data.plan import Plan
 from jointfuse.data.shards import Corpus
-from jointfuse.data.stream import UtteranceReader, stream
+from jointfuse.data.stream import UtteranceReader, Weights, stream
 from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
 from jointfuse.evaluate.metrics import HEADLINES, score
@@ -95,9 +95,7 @@ class Trainer:
             initialise(network, Path(settings.init_from), self.corpus.labels)
         network.freeze(settings.freeze)
         self.train_reader, self.dev_reader = self._reader("train"), self._reader("dev")
-        positions = self.train_reader.positions(config.model.vision.patch)
-        sizes = self.train_reader.split.shard_sizes
-        self.plan = Plan(positions, settings.batch, settings.seed, sizes, config.data.shuffle_block)
+        self.plan = self._plan()
         self.steps = settings.steps or self.plan.steps_per_epoch * (settings.epochs or 0)
         objective = Objective(network, config.loss, self.division.accumulation)
         if "temperature" in settings.freeze and objective.trained_temperature is not None:
@@ -139,6 +137,12 @@ class Trainer:
             self.corpus.mel_mean,
             self.corpus.mel_deviation,
         )
+
+    def _plan(self) -> Plan:
+        data, settings, split = self.config.data, self.config.train, self.train_reader.split
+        positions = self.train_reader.positions(self.config.model.vision.patch)
+        weights = None if data.balance == "none" else Weights(split, data.balance)
+        return Plan(positions, settings.batch, settings.seed, split.shard_sizes, data.shuffle_block, weights)
 
     def _in_steps(self, interval: str) -> int:
         count, unit = parse_interval(interval)
