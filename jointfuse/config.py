@@ -73,6 +73,10 @@ class DataSettings(Settings):
     shuffle_block: Positive = Field(2**16, description="utterances shuffled together, in whole shards")
     max_seconds: Rate = Field(10.0, description="longer clips are cut, counted and reported", le=120)
     max_tokens: Positive = Field(128, description="longer texts are cut, counted and reported", ge=4)
+    context: Count = Field(0, description="turns of the dialogue before an utterance that are put before its text")
+    speakers: Literal["none", "names", "tags"] = Field(
+        "none", description="put before each text who speaks: the corpus's names, or A, B, C as they come"
+    )
     missing_modality: Literal["error", "allow"] = Field(
         "error", description="allow: a sample without clip or text goes through the modality it has"
     )

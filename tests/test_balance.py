@@ -100,7 +100,7 @@ def balanced(recipe: Path, folder: Path) -> tuple[Trained, list[int]]:
 
     Trainer._batches = watched  # type: ignore[method-assign]
     try:
-        return train(recipe, folder / "balanced", "data.balance=class", "train.steps=8"), seen
+        return train(recipe, folder / "balanced", "data.balance=class", "data.context=2", "train.steps=8"), seen
     finally:
         Trainer._batches = batches  # type: ignore[method-assign]
 

@@ -71,7 +71,7 @@ def log_of(folder: Path) -> list[list[list[int]]]:
     return [json.loads(line) for line in (folder / "log").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("world_size", "shards"), [(1, 6), (2, 3), (4, 3), (4, 6)])
+@pytest.mark.parametrize(("world_size", "shards"), [(1, 6), (2, 3), (4, 6)])
 def test_ranks_and_workers_change_no_global_batch(
     world_size: int, shards: int, uneven_corpus: Corpus, many_shards: Corpus, tmp_path: Path
 ) -> None:
@@ -87,7 +87,7 @@ def test_ranks_and_workers_change_no_global_batch(
         assert log_of(folder) == expected(path), workers
 
 
-@pytest.mark.parametrize(("before", "after"), [((2, 0), (4, 2)), ((4, 3), (1, 0)), ((1, 2), (2, 3))])
+@pytest.mark.parametrize(("before", "after"), [((2, 0), (4, 2)), ((4, 3), (1, 0))])
 def test_killed_anywhere_an_epoch_goes_on_in_order_with_other_ranks_and_workers(
     before: tuple[int, int], after: tuple[int, int], uneven_corpus: Corpus, tmp_path: Path
 ) -> None:

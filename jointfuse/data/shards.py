@@ -274,6 +274,12 @@ class Split:
         except ValueError as error:
             raise self._damaged(i, str(error)) from error
 
+    def turns_before(self, i: int, number: int) -> range:
+        """The samples of up to so many turns before sample `i` in its dialogue, in order."""
+        first = max(0, i - number)
+        same = self.index["dialogue"][first:i] == self.index[i]["dialogue"]
+        return range(i - int(same.sum()), i)
+
     def audio_bytes(self, i: int) -> bytes | None:
         """Sample `i`'s clip as it is stored (FLAC), or None without a clip."""
         data = self.read(i)

@@ -65,7 +65,7 @@ class UtteranceReader:
     def positions(self, patch: tuple[int, int]) -> "Positions":
         """How many positions each utterance takes in the model: patches of (bins, frames) where clips are read, else
         characters, which an index counts and tokens follow."""
-        return Positions(self.split, self.settings.max_seconds, patch if self.audio else None)
+        return Positions(self.split, self.settings, patch if self.audio else None)
 
     def for_training(self, augmentation: Augmentation) -> Self:
         """The same utterances, their clips varied; what cannot be read is skipped where `on_error` says so. Scores are
@@ -114,7 +114,10 @@ class UtteranceReader:
 
     def examples(self, ids: Sequence[int], utterances: Sequence[Utterance]) -> list[Example]:
         """Utterances that were read, as model input."""
-        texts = self._tokens([utterance.text for utterance in utterances])
+        if self.settings.context or self.settings.speakers != "none":
+            texts = [self._in_context(id, utterance) for id, utterance in zip(ids, utterances, strict=True)]
+        else:
+            texts = self._tokens([utterance.text for utterance in utterances])
         made = []
         for id, utterance, (tokens, cut_tokens) in zip(ids, utterances, texts, strict=True):
             clip, frames, masks, cut_audio = self._clip(id, utterance.waveform)
@@ -137,6 +140,24 @@ class UtteranceReader:
             found[row] = np.asarray(tokens, dtype=np.int64), cut
         return found
 
+    def _in_context(self, id: int, utterance: Utterance) -> tuple[np.ndarray, bool]:
+        """(T,) int64: the turns before an utterance and its own, a separator behind each; and whether its own was cut.
+        Turns that do not fit are left out, the oldest first."""
+        if not self.tokenizer or not utterance.text.strip():
+            return np.empty(0, dtype=np.int64), False
+        before = [self.split.sample(one, audio=False) for one in self.split.turns_before(id, self.settings.context)]
+        turns = [turn for turn in (*before, utterance) if turn.text.strip()]
+        encoded = self.tokenizer(_spoken(turns, self.settings.speakers), add_special_tokens=False)["input_ids"]
+        begin, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        room = self.settings.max_tokens - 1
+        own = encoded[-1]
+        kept = [*own[: room - 1], end]
+        for turn in reversed(encoded[:-1]):
+            if len(kept) + len(turn) + 1 > room:
+                break
+            kept = [*turn, end, *kept]
+        return np.asarray([begin, *kept], dtype=np.int64), len(own) > room - 1
+
     def _clip(self, id: int, waveform: np.ndarray | None) -> tuple[torch.Tensor, int, Masks, bool]:
         """(S,) float32 -> (S' + 512,) int16, its frames, its masks, and whether it was cut."""
         draws = self.augmentation.draws(id)
@@ -148,24 +169,45 @@ class UtteranceReader:
         return continued(to_int16(heard)), frames, self.augmentation.masks(frames, draws), cut
 
 
+def _spoken(turns: list[Utterance], speakers: str) -> list[str]:
+    """The text of each turn, and who speaks as `data.speakers` wants it."""
+    if speakers == "none":
+        return [turn.text for turn in turns]
+    names = list(dict.fromkeys(turn.speaker for turn in turns))
+    tags = names if speakers == "names" else [_tag(number) for number in range(len(names))]
+    return [f"{tags[names.index(turn.speaker)]}: {turn.text}" for turn in turns]
+
+
+def _tag(number: int) -> str:
+    """A to Z, AA, AB, and so on."""
+    return (_tag(number // 26 - 1) if number >= 26 else "") + chr(ord("A") + number % 26)
+
+
 class Positions:
     """How many positions each utterance of a split takes, computed for those that are asked for.
 
     Args:
-        max_seconds: of a clip that are heard.
+        settings: seconds of a clip that are heard, turns that are read before a text.
         patch: (bins, frames); None: characters are counted.
     """
 
-    def __init__(self, split: Split, max_seconds: float, patch: tuple[int, int] | None) -> None:
-        self.split, self.max_seconds, self.patch = split, max_seconds, patch
+    def __init__(self, split: Split, settings: DataSettings, patch: tuple[int, int] | None) -> None:
+        self.split, self.settings, self.patch = split, settings, patch
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, ids: np.ndarray | slice) -> np.ndarray:
+        index = self.split.index
         if not self.patch:
-            return np.asarray(self.split.index["characters"][ids])
-        heard = np.minimum(self.split.index["duration_ms"][ids], self.max_seconds * 1000)
+            rows = np.arange(len(self))[ids] if isinstance(ids, slice) else ids
+            characters = index["characters"][rows].astype(np.int64)
+            for turns in range(1, self.settings.context + 1):
+                before = np.maximum(rows - turns, 0)
+                same = (index["dialogue"][before] == index["dialogue"][rows]) & (rows >= turns)
+                characters += same * index["characters"][before]
+            return characters
+        heard = np.minimum(index["duration_ms"][ids], self.settings.max_seconds * 1000)
         frames = (heard > 0) + (heard * (FRAMES_PER_SECOND / 1000)).astype(np.int64)
         return -(-frames // self.patch[1]) * (MEL_BINS // self.patch[0])
 
