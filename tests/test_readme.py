@@ -34,10 +34,10 @@ SHORTER = {
     },
     "python -m jointfuse.bench block": {"bench block": "bench block --patches 9 --width 64 --repeats 1"},
     "python -m jointfuse.bench step --recipe demo data.corpus=corpora/demo": {
-        "--recipe demo": "--recipe demo --steps 2"
+        "--recipe demo": "--recipe demo --steps 2 data.workers=0"
     },
     "python -m jointfuse.bench checkpointing --recipe demo data.corpus=corpora/demo": {
-        "--recipe demo": "--recipe demo --steps 1"
+        "--recipe demo": "--recipe demo --steps 1 data.workers=0"
     },
     "python -m jointfuse.bench data --corpus corpora/demo": {"bench data": "bench data --repeats 1 --workers 1"},
     "python -m jointfuse.bench plan --utterances 100000000 --shards 100000": {
