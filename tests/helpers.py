@@ -16,8 +16,8 @@ from jointfuse.data.batch import Batch, Example, collate
 from jointfuse.data.build import CorpusSpec, Row
 from jointfuse.data.features import FrontEnd
 from jointfuse.data.plan import Plan
+from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.shards import Corpus
-from jointfuse.data.stream import UtteranceReader
 from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.model.network import Network
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from jointfuse.config import AugmentSettings
 from jointfuse.data.augment import Augmentation
+from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.shards import Corpus
-from jointfuse.data.stream import UtteranceReader, stream
+from jointfuse.data.stream import stream
 
 EVERYTHING = AugmentSettings(speed=0.12, noise=(10, 40), gain=6, bin_masks=(2, 12), frame_masks=(2, 30))
 ids = st.integers(0, 2**40)

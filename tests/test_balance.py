@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_fixtures import FEAR, LABELS, SIZES, Trained, corpus, recipe, train
 
+from jointfuse.data.columns import Weights
 from jointfuse.data.plan import Plan
 from jointfuse.data.shards import Corpus
-from jointfuse.data.stream import Weights
 
 __all__ = ["corpus", "recipe"]
 

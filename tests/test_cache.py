@@ -255,6 +255,13 @@ def test_a_shards_name_is_no_command(elsewhere: tuple[Path, Path], tmp_path: Pat
     assert not list(tmp_path.rglob("*pwned*"))
 
 
+def test_a_shards_hash_leads_nowhere_else(elsewhere: tuple[Path, Path], tmp_path: Path) -> None:
+    near, far = elsewhere
+    cache = ShardCache(f"{far}/{{split}}/{{shard}}", tmp_path / "cache", GIB)
+    with pytest.raises(UserError, match="is no SHA-256; do not trust this corpus"):
+        cache.open("train", shards_of(near)[0] | {"sha256": "../elsewhere"})
+
+
 def test_settings_that_make_no_cache_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.remote is set and data\.cache is not"):
         cache_of("https://host/{shard}", "", 1)

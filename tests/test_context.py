@@ -5,8 +5,9 @@ import pytest
 from helpers import reader_of
 
 from jointfuse.data.plan import Plan
+from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.shards import Corpus
-from jointfuse.data.stream import UtteranceReader, stream
+from jointfuse.data.stream import stream
 
 
 def reader_with(corpus: Corpus, modality: str = "text", max_tokens: int = 400, **settings: object) -> UtteranceReader:

@@ -13,8 +13,8 @@ from training_fixtures import LABELS, SIZES, corpus, recipe
 
 from jointfuse.config import load_config
 from jointfuse.data.plan import evaluation_batches
+from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.shards import Corpus
-from jointfuse.data.stream import UtteranceReader
 from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
 from jointfuse.evaluate import predict as predicting

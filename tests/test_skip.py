@@ -20,8 +20,9 @@ from training_fixtures import SIZES, Trained, corpus, damage_a_clip, largest_dif
 
 from jointfuse.data.augment import Augmentation
 from jointfuse.data.plan import Plan, Planned
+from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.shards import Corpus
-from jointfuse.data.stream import UtteranceReader, stream
+from jointfuse.data.stream import stream
 from jointfuse.errors import UserError
 
 __all__ = ["corpus", "recipe"]

@@ -11,8 +11,9 @@ from helpers import SIZES, example_of, read, reader_of
 from jointfuse.config import DataSettings
 from jointfuse.data.batch import HostBatch, collate
 from jointfuse.data.plan import Plan, Planned, evaluation_batches
+from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.shards import Corpus
-from jointfuse.data.stream import UtteranceReader, stream
+from jointfuse.data.stream import stream
 from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
 

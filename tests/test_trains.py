@@ -25,8 +25,8 @@ from training_fixtures import (
 
 from jointfuse.config import Config, load_config
 from jointfuse.data.plan import Plan
+from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.shards import Corpus
-from jointfuse.data.stream import UtteranceReader
 from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.model.network import Network, part_of
 

@@ -21,8 +21,9 @@ from jointfuse.config import DataSettings
 from jointfuse.data.batch import HostBatch, collate
 from jointfuse.data.parallel import cores
 from jointfuse.data.plan import Plan
+from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.shards import SAMPLE_RATE, Corpus, Utterance, decode_flac
-from jointfuse.data.stream import UtteranceReader, stream
+from jointfuse.data.stream import stream
 from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
 

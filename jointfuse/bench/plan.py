@@ -14,8 +14,8 @@ from jointfuse.bench.result import write_result
 from jointfuse.config import DataSettings
 from jointfuse.data.index import FORMAT, INDEX_DTYPE, shard_name, write_json
 from jointfuse.data.plan import Plan
+from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.shards import Corpus
-from jointfuse.data.stream import UtteranceReader
 from jointfuse.errors import UserError
 
 CHUNK = 10**6  # utterances of the index that are written at once

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import select
 import shlex
 import time
@@ -68,13 +69,18 @@ class ShardCache:
 
     def drop(self, shard: dict[str, Any]) -> None:
         """Have a shard fetched again when it is next asked for."""
-        self._path(shard).unlink(missing_ok=True)
+        path = self._path(shard)
+        with _locked(path.with_suffix(".lock")):
+            path.unlink(missing_ok=True)
 
     def _path(self, shard: dict[str, Any]) -> Path:
+        # A corpus from others names its shards and their hashes; it gets no say in where files are written.
+        if not re.fullmatch("[0-9a-f]{64}", shard["sha256"]):
+            raise UserError(f"shard {shard['name']}: {shard['sha256']!r} is no SHA-256; do not trust this corpus")
         return self.folder / f"{shard['sha256']}.tar"
 
     def _url(self, split: str, name: str) -> str:
-        # A corpus from others names its shards; it gets no say in what a shell does.
+        # Nor in what a shell does.
         safe: Callable[[str], str] = shlex.quote if self.remote.startswith("pipe:") else quote
         return self.remote.replace("{split}", safe(split)).replace("{shard}", safe(name))
 

@@ -179,7 +179,8 @@ def _drawn(ids: np.ndarray, weights: np.ndarray, start: float) -> np.ndarray:
 
 
 def _part_copies(batches: np.ndarray) -> None:
-    """Have no id twice in a batch (K, B) if that can be, by exchanging it with one of the nearest batch in place."""
+    """Have no id twice in a batch (K, B), from short to long, if that can be: in place, by exchanging it with one of
+    the nearest batch, and there with the nearest in length."""
     held = [Counter(batch) for batch in batches.tolist()]
     for number, batch in enumerate(batches):
         for place, id in enumerate(batch.tolist()):
@@ -188,7 +189,8 @@ def _part_copies(batches: np.ndarray) -> None:
             for other in sorted(range(len(batches)), key=lambda other: abs(other - number))[1:]:
                 if id in held[other]:
                     continue
-                found = next((p for p, one in enumerate(batches[other].tolist()) if one not in held[number]), None)
+                places = range(len(batch)) if other > number else reversed(range(len(batch)))
+                found = next((p for p in places if int(batches[other, p]) not in held[number]), None)
                 if found is None:
                     continue
                 exchanged = int(batches[other, found])

@@ -5,7 +5,8 @@ import torch
 
 from jointfuse.data.feed import Feed
 from jointfuse.data.plan import evaluation_batches
-from jointfuse.data.stream import UtteranceReader, stream
+from jointfuse.data.reader import UtteranceReader
+from jointfuse.data.stream import stream
 from jointfuse.evaluate.metrics import Predictions
 from jointfuse.losses.gather import gather_numbers, gather_rows, group_rank, world_size
 from jointfuse.model.network import Network

@@ -7,8 +7,8 @@ import torch
 
 from jointfuse.config import Config, read_yaml, validate
 from jointfuse.data.cache import cache_of
+from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.shards import Corpus, Split
-from jointfuse.data.stream import UtteranceReader
 from jointfuse.errors import UserError
 from jointfuse.evaluate.history import read_metrics
 from jointfuse.evaluate.metrics import Predictions, score

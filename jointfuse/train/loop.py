@@ -17,10 +17,12 @@ from jointfuse.config import Config, parse_interval
 from jointfuse.data.augment import Augmentation
 from jointfuse.data.batch import Batch
 from jointfuse.data.cache import cache_of
+from jointfuse.data.columns import Weights
 from jointfuse.data.feed import Feed, Waited
 from jointfuse.data.plan import Plan
+from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.shards import Corpus
-from jointfuse.data.stream import UtteranceReader, Weights, stream
+from jointfuse.data.stream import stream
 from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
 from jointfuse.evaluate.metrics import HEADLINES, score
