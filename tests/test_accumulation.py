@@ -41,6 +41,8 @@ def every_division(recipe: Path, gapped: Path, stage3: Path, folder: Path) -> di
             runs[name] = train(recipe, folder / f"{name} {ranks}", *settings, f"train.micro_batch={micro}")
     # An epoch has 8 steps of 6; the last holds 1 utterance and 5 fillers.
     runs["contrast"] = train(recipe, folder / f"contrast {ranks}", "train.batch=6", "train.steps=9")
+    # An epoch is one step of 48, 43 utterances and 5 fillers.
+    runs["small"] = train(recipe, folder / f"small {ranks}", "train.batch=48", "train.steps=3")
     settings = (f"data.corpus={gapped}", "data.missing_modality=allow", "train.batch=6", "train.steps=3")
     file = stage3 if ranks > 1 else "zero1"
     runs["gaps"] = train(recipe, folder / f"gaps {ranks}", f"train.deepspeed={file}", *settings)
@@ -103,6 +105,14 @@ def test_ranks_together_see_one_pool_and_have_the_losses_of_one(runs: Runs, rank
     one, several = runs["contrast", 1], runs["contrast", ranks]
     assert (one.losses[:7, 2] > 0).all()
     assert one.losses[7, 2] == 0, "an utterance alone in the pool has no partner"
+    same(several, one)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_corpus_smaller_than_a_batch_is_trained_on_by_any_number_of_ranks(runs: Runs, ranks: int) -> None:
+    one, several = runs["small", 1], runs["small", ranks]
+    assert one.losses.shape == (3, 3)
+    assert one.position["epoch"] == 3
     same(several, one)
 
 

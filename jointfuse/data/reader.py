@@ -90,6 +90,7 @@ class UtteranceReader:
     def batch(self, planned: Planned) -> HostBatch:
         """What is planned, read and padded; a skipped utterance is there as one without text and clip, not valid."""
         ids, valid = planned[0].tolist(), planned[1].copy()
+        self.split.read_ahead(ids)
         utterances, skipped = [], []
         for row, id in enumerate(ids):
             try:
