@@ -41,7 +41,7 @@ def train(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="folder of a run")],
     split: Annotated[str, typer.Option(help="split of the corpus")] = "test",
-    corpus: Annotated[str | None, typer.Option(help="another corpus with the same labels")] = None,
+    corpus: Annotated[str | None, typer.Option(help="another corpus, with some of the same labels")] = None,
     ranks: Ranks = 1,
 ) -> None:
     """Score the chosen model of a run and write a report page."""

@@ -57,10 +57,24 @@ class AugmentSettings(Settings):
         return noise
 
 
+class MixSettings(Settings):
+    """One of several corpora that are trained on together."""
+
+    corpus: str = Field(min_length=1, description="folder made by tools/build_shards.py")
+    weight: Rate | None = Field(
+        None, description="its share of an epoch, against the others'; every utterance once where none has one"
+    )
+    remote: str = Field("", description="as data.remote")
+
+
 class DataSettings(Settings):
     """What is read, and how much of each utterance."""
 
     corpus: str = Field("", description="folder made by tools/build_shards.py")
+    mix: list[MixSettings] = Field([], description="several corpora read as one; takes the place of corpus")
+    labels: dict[str, str | None] = Field(
+        {}, description="labels under other names, alike where they have one name; null leaves utterances out"
+    )
     remote: str = Field(
         "",
         description="where tars lie that are not in the corpus: URL, or pipe: and command, with {split} and {shard}",
@@ -86,6 +100,16 @@ class DataSettings(Settings):
     most_skipped: Share = Field(0.01, description="share of an epoch that may be skipped until the run ends")
     workers: Count = Field(1, description="decoding processes a rank")
     augment: AugmentSettings = AugmentSettings()
+
+    @model_validator(mode="after")
+    def _corpora_are_named_once(self) -> Self:
+        if self.mix and (self.corpus or self.remote):
+            raise ValueError("give either corpus (and remote) or mix, one of the two")
+        if len({one.corpus for one in self.mix}) < len(self.mix):
+            raise ValueError("mix names a corpus twice; a weight makes it count more")
+        if len({one.weight is None for one in self.mix}) > 1:
+            raise ValueError("mix gives some corpora a weight and others none; give it to all or to none")
+        return self
 
 
 class ScratchSettings(Settings):
@@ -372,6 +396,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         owner, chosen = (node, last) if last in ("weights", "scratch") else (_owner(tree, sections), "scratch")
         if value is not None:
             owner["scratch" if chosen == "weights" else "weights"] = None
+    if key == "data.mix" and value:
+        node["corpus"] = ""
+    if key == "data.corpus" and value:
+        node["mix"] = []
     if key in ("train.epochs", "train.steps") and value is not None:
         node["steps" if last == "epochs" else "epochs"] = None
     node[last] = value
@@ -396,10 +424,14 @@ def _refuse_unknown(tree: dict[str, Any], model: type[BaseModel], prefix: str, o
         inner = _model_in(field.annotation)
         if inner and isinstance(value, dict):
             _refuse_unknown(value, inner, f"{prefix}{key}.", origin)
+        if inner and isinstance(value, list):
+            for number, item in enumerate(value):
+                if isinstance(item, dict):
+                    _refuse_unknown(item, inner, f"{prefix}{key}.{number}.", origin)
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if get_origin(annotation) in (Union, types.UnionType):
+    if get_origin(annotation) in (Union, types.UnionType, list):
         return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 

@@ -1,6 +1,6 @@
 """Tiny corpora, models and batches for the tests of the model, the losses and the stream."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from jointfuse.data import build as building
 from jointfuse.data.batch import Batch, Example, collate
 from jointfuse.data.build import CorpusSpec, Row
 from jointfuse.data.features import FrontEnd
+from jointfuse.data.mixture import AnyCorpus
 from jointfuse.data.plan import Plan
 from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.shards import Corpus
@@ -61,26 +62,33 @@ def _render(rows: Sequence[Row]) -> Iterator[np.ndarray | None]:
         yield wave.astype(np.float32)
 
 
-def build_corpus(folder: Path, gaps: Collection[str] = (), samples_per_shard: int = 9) -> Corpus:
+def build_corpus(
+    folder: Path,
+    gaps: Collection[str] = (),
+    samples_per_shard: int = 9,
+    labels: Sequence[str] = LABELS,
+    sizes: Mapping[str, int] = SIZES,
+) -> Corpus:
     """A corpus through the builder itself, its jobs run in this process: starting another takes longer than the rest.
 
     Args:
         gaps: what some utterances are left without: text, clip, everything.
+        labels: four.
     """
     splits: dict[str, list[list[Row]]] = {}
-    for split, size in SIZES.items():
+    for split, size in sizes.items():
         rows = [_row(split, number, gaps) for number in range(size)]
         splits[split] = [
             [row for row in rows if row.dialogue == name] for name in dict.fromkeys(r.dialogue for r in rows)
         ]
-    spec = CorpusSpec("tones", LABELS, splits, _render, source="", licence="", description="", synthetic=True)
+    spec = CorpusSpec("tones", tuple(labels), splits, _render, source="", licence="", description="", synthetic=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(building, "processes", lambda *_: ThreadPoolExecutor(1))
         building.build(spec, folder, workers=1, samples_per_shard=samples_per_shard)
     return Corpus.open(folder)
 
 
-def reader_of(corpus: Corpus, modality: str, split: str = "train", **settings: Any) -> UtteranceReader:
+def reader_of(corpus: AnyCorpus, modality: str, split: str = "train", **settings: Any) -> UtteranceReader:
     """A reader whose tokenizer is trained on the corpus."""
     data = DataSettings(max_seconds=MAX_SECONDS, max_tokens=40, **settings)
     tokenizer = None if modality == "audio" else train_tokenizer(corpus.split("train"), 300)

@@ -22,7 +22,7 @@ from jointfuse.data.batch import HostBatch, collate
 from jointfuse.data.parallel import cores
 from jointfuse.data.plan import Plan
 from jointfuse.data.reader import UtteranceReader
-from jointfuse.data.shards import SAMPLE_RATE, Corpus, Utterance, decode_flac
+from jointfuse.data.shards import SAMPLE_RATE, Corpus, Split, Utterance, decode_flac
 from jointfuse.data.stream import stream
 from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
@@ -49,12 +49,12 @@ def benchmark_data(
     plan = Plan(reader.positions((16, 16)), batch, 0, split.shard_sizes)
     encoded = list(_encoded(reader))
     ways: dict[str, Callable[[], Any]] = {
-        "reading the bytes": partial(_read_all, reader, plan),
+        "reading the bytes": partial(_read_all, split, plan),
         "decoding alone": partial(_decode_all, reader, plan, encoded),
     }
     for number in workers or WORKERS:
         ways[f"jointfuse, {number} workers"] = partial(_stream_all, reader, plan, number)
-        ways[f"webdataset, {number} workers"] = partial(_webdataset_all, reader, batch, number)
+        ways[f"webdataset, {number} workers"] = partial(_webdataset_all, split, reader, batch, number)
     # By turns, so that whatever else the machine does meets all of them.
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
@@ -89,10 +89,10 @@ def _decode_all(reader: UtteranceReader, plan: Plan, encoded: list[tuple[Utteran
         )
 
 
-def _read_all(reader: UtteranceReader, plan: Plan) -> None:
+def _read_all(split: Split, plan: Plan) -> None:
     for ids, valid in plan.batches(0):
         for id in ids[valid]:
-            reader.split.read(int(id))
+            split.read(int(id))
 
 
 def _stream_all(reader: UtteranceReader, plan: Plan, workers: int) -> None:
@@ -100,7 +100,7 @@ def _stream_all(reader: UtteranceReader, plan: Plan, workers: int) -> None:
         pass
 
 
-def _webdataset_all(reader: UtteranceReader, batch: int, workers: int) -> None:
+def _webdataset_all(split: Split, reader: UtteranceReader, batch: int, workers: int) -> None:
     """As many utterances, in the order of the tars."""
     assert reader.tokenizer is not None
     pad = reader.tokenizer.pad_token_id
@@ -122,7 +122,7 @@ def _webdataset_all(reader: UtteranceReader, batch: int, workers: int) -> None:
         valid = np.ones(len(utterances), dtype=bool)
         return collate(reader.examples(range(len(valid)), utterances), valid, pad)
 
-    shards = [str(path) for path in reader.split.shards]
+    shards = [str(path) for path in split.shards]
     dataset = webdataset.WebDataset(shards, shardshuffle=False, empty_check=False)
     batches = dataset.map(decoded).batched(batch, together)
     for _ in webdataset.WebLoader(batches, batch_size=None, num_workers=workers):

@@ -6,7 +6,7 @@ import numpy as np
 
 from jointfuse.config import DataSettings
 from jointfuse.data.features import FRAMES_PER_SECOND, MEL_BINS
-from jointfuse.data.shards import Split
+from jointfuse.data.mixture import AnySplit, MixedSplit
 
 
 class Positions:
@@ -17,7 +17,7 @@ class Positions:
         patch: (bins, frames); None: characters are counted.
     """
 
-    def __init__(self, split: Split, settings: DataSettings, patch: tuple[int, int] | None) -> None:
+    def __init__(self, split: AnySplit, settings: DataSettings, patch: tuple[int, int] | None) -> None:
         self.split, self.settings, self.patch = split, settings, patch
 
     def __len__(self) -> int:
@@ -42,17 +42,26 @@ class Weights:
     """How often each utterance of a split is to be drawn, for those that are asked for; 1 on average.
 
     Args:
+        split: of a mixture: corpora have the shares that their weights give them, and what these make of the number of
+            each class is what `balance` goes by.
         balance: class: every class as often; sqrt: a class by the square root of its number (Mahajan et al. 2018).
     """
 
-    def __init__(self, split: Split, balance: Literal["sqrt", "class"]) -> None:
+    def __init__(self, split: AnySplit, balance: Literal["none", "sqrt", "class"]) -> None:
         self.split = split
-        counts = np.array(list(split.info["label_counts"].values()), dtype=np.float64)
-        share = np.sqrt(counts) if balance == "sqrt" else (counts > 0).astype(np.float64)
-        self.of_label = len(split) * share / share.sum() / np.maximum(counts, 1)
+        counts = np.array([list(split.info["label_counts"].values())], dtype=np.float64)  # (corpora, C)
+        share_of = np.ones(1)  # (corpora,) of an epoch, over its number of utterances
+        if isinstance(split, MixedSplit):
+            counts = split.label_counts.astype(np.float64)
+            share_of = np.ones(len(counts)) if split.weights is None else split.weights / counts.sum(axis=1)
+        number = share_of @ counts  # (C,)
+        wanted = {"none": number, "sqrt": np.sqrt(number), "class": (number > 0).astype(np.float64)}[balance]
+        factor = wanted / np.where(number > 0, number, 1)
+        self.of_label = len(split) / wanted.sum() * share_of[:, None] * factor  # (corpora, C)
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, ids: np.ndarray) -> np.ndarray:
-        return self.of_label[self.split.index["label"][ids]]
+        part = self.split.part_of(ids) if isinstance(self.split, MixedSplit) else 0
+        return self.of_label[part, self.split.index["label"][ids]]

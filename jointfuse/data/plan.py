@@ -43,9 +43,9 @@ class Plan:
         seed: of the run.
         shards: utterances of each shard, in index order; all of them are in one where it is left out.
         block: utterances that are shuffled together; whole shards, so it may be a shard more.
-        weights: how often each utterance is drawn, relative to the others of its block; each exactly once where they
-            are left out. An utterance comes twice in a batch only where it is drawn more often than there are batches
-            in a window: beside its copy it would teach a contrastive loss nothing.
+        weights: how often each utterance is drawn, relative to the others; each exactly once where they are left out.
+            An utterance comes twice in a batch only where it is drawn more often than there are batches in a window:
+            beside its copy it would teach a contrastive loss nothing.
     """
 
     lengths: Numbers
@@ -118,11 +118,27 @@ class Plan:
         return np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=counter))
 
     def _blocks(self, epoch: int) -> "_Blocks":
-        sizes = np.asarray(self.shards if len(self.shards) else [len(self.lengths)], dtype=np.int64)
+        first, sizes = self._spans
         order = self._random(epoch).permutation(len(sizes))
         before = np.cumsum(sizes[order]) - sizes[order]
         _, cuts = np.unique(before // self.block, return_index=True)
-        return _Blocks(np.cumsum(sizes) - sizes, sizes, np.split(order, cuts[1:]), before[cuts])
+        held = np.add.reduceat((sizes if self.weights is None else self._shard_weights)[order], cuts)
+        until = np.rint(np.cumsum(held) * (len(self.lengths) / held.sum())).astype(np.int64)
+        drawn = np.diff(until, prepend=0)
+        return _Blocks(first, sizes, np.split(order, cuts[1:]), drawn, until - drawn)
+
+    @cached_property
+    def _spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """(shards,) the first utterance of each shard and how many it has."""
+        sizes = np.asarray(self.shards if len(self.shards) else [len(self.lengths)], dtype=np.int64)
+        return np.cumsum(sizes) - sizes, sizes
+
+    @cached_property
+    def _shard_weights(self) -> np.ndarray:
+        """(shards,) what the weights of a shard's utterances come to."""
+        assert self.weights is not None
+        spans = zip(*self._spans, strict=True)
+        return np.array([self.weights[np.arange(first, first + size)].sum() for first, size in spans])
 
     def _block(self, epoch: int, blocks: "_Blocks", number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The ids of a block as they are trained on: those (h,) that complete the batch which the block before began,
@@ -130,7 +146,7 @@ class Plan:
         random = self._random(epoch, number)
         order = blocks.shuffled(number, random)
         if self.weights is not None:
-            order = random.permutation(_drawn(order, self.weights[order], random.uniform()))
+            order = random.permutation(_drawn(order, self.weights[order], blocks.drawn[number], random.uniform()))
         head = min(int(-blocks.before[number] % self.batch), len(order))
         tail = head + (len(order) - head) // self.batch * self.batch
         whole = order[head:tail]
@@ -152,7 +168,8 @@ class _Blocks(NamedTuple):
     first: np.ndarray  # (shards,) the first utterance of each shard
     size: np.ndarray  # (shards,)
     shards: list[np.ndarray]  # of each block
-    before: np.ndarray  # (blocks,) utterances in the blocks before it
+    drawn: np.ndarray  # (blocks,) utterances of an epoch that are drawn from each
+    before: np.ndarray  # (blocks,) those of the blocks before it
 
     def shuffled(self, number: int, random: np.random.Generator) -> np.ndarray:
         """(n,) ids of a block in random order."""
@@ -169,12 +186,12 @@ def _sorted(lengths: np.ndarray, window: int) -> np.ndarray:
     return places
 
 
-def _drawn(ids: np.ndarray, weights: np.ndarray, start: float) -> np.ndarray:
-    """(n,) -> (n,): each id as often as its share of the weights says, rounded up or down, and so are all the ids of a
-    weight together (systematic sampling; Madow 1949)."""
+def _drawn(ids: np.ndarray, weights: np.ndarray, number: int, start: float) -> np.ndarray:
+    """(n,) -> (number,): each id as often as its share of the weights says, rounded up or down, and so are all the ids
+    of a weight together (systematic sampling; Madow 1949)."""
     order = np.argsort(weights, kind="stable")
-    until = np.cumsum(weights[order]) * (len(ids) / weights.sum())
-    until[-1] = len(ids)
+    until = np.cumsum(weights[order]) * (number / weights.sum())
+    until[-1:] = number
     return np.repeat(ids[order], np.diff(np.floor(until + start).astype(np.int64), prepend=0))
 
 

@@ -14,8 +14,9 @@ from jointfuse.data.augment import Augmentation
 from jointfuse.data.batch import Example, HostBatch, collate
 from jointfuse.data.columns import Positions
 from jointfuse.data.features import SAMPLE_RATE, FrontEnd, continued, frames_of, to_int16
+from jointfuse.data.mixture import AnySplit
 from jointfuse.data.plan import Planned
-from jointfuse.data.shards import Split, Utterance
+from jointfuse.data.shards import Utterance
 from jointfuse.errors import UserError
 
 # Decoding processes are copies of one that may have tokenised, and its threads would not be in them.
@@ -40,7 +41,7 @@ class UtteranceReader:
 
     def __init__(
         self,
-        split: Split,
+        split: AnySplit,
         settings: DataSettings,
         tokenizer: PreTrainedTokenizerBase | None,
         audio: bool,
@@ -138,7 +139,7 @@ class UtteranceReader:
         Turns that do not fit are left out, the oldest first."""
         if not self.tokenizer or not utterance.text.strip():
             return np.empty(0, dtype=np.int64), False
-        before = [self.split.sample(one, audio=False) for one in self.split.turns_before(id, self.settings.context)]
+        before = self.split.turns_before(id, self.settings.context)
         turns = [turn for turn in (*before, utterance) if turn.text.strip()]
         encoded = self.tokenizer(_spoken(turns, self.settings.speakers), add_special_tokens=False)["input_ids"]
         begin, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id

@@ -274,11 +274,11 @@ class Split:
         except ValueError as error:
             raise self._damaged(i, str(error)) from error
 
-    def turns_before(self, i: int, number: int) -> range:
-        """The samples of up to so many turns before sample `i` in its dialogue, in order."""
+    def turns_before(self, i: int, number: int) -> list[Utterance]:
+        """Up to so many turns before sample `i` in its dialogue, in order, without their clips."""
         first = max(0, i - number)
         same = self.index["dialogue"][first:i] == self.index[i]["dialogue"]
-        return range(i - int(same.sum()), i)
+        return [self.sample(turn, audio=False) for turn in range(i - int(same.sum()), i)]
 
     def audio_bytes(self, i: int) -> bytes | None:
         """Sample `i`'s clip as it is stored (FLAC), or None without a clip."""

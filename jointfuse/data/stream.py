@@ -1,21 +1,27 @@
 """From a plan and a reader to batches, decoded in worker processes, in the plan's order."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from jointfuse.data.batch import HostBatch
 from jointfuse.data.plan import Planned
-from jointfuse.data.reader import UtteranceReader
 from jointfuse.errors import UserError
 
+Read = TypeVar("Read", covariant=True)
 
-class _PlannedBatches(Dataset[HostBatch]):
-    def __init__(self, reader: UtteranceReader) -> None:
+
+class Reader(Protocol[Read]):
+    """Reads what is planned: utterances (reader.py) or dialogues (dialogues.py)."""
+
+    def batch(self, planned: Planned) -> Read: ...
+
+
+class _PlannedBatches(Dataset[Any]):
+    def __init__(self, reader: Reader[Any]) -> None:
         self.reader = reader
 
-    def __getitem__(self, planned: Planned) -> HostBatch | UserError:  # type: ignore[override]
+    def __getitem__(self, planned: Planned) -> Any:
         # An exception raised in a worker arrives wrapped in its stack trace; a value arrives as it is.
         try:
             return self.reader.batch(planned)
@@ -23,7 +29,7 @@ class _PlannedBatches(Dataset[HostBatch]):
             return error
 
 
-def stream(reader: UtteranceReader, planned: Iterable[Planned], workers: int, pin: bool = False) -> Iterator[HostBatch]:
+def stream(reader: Reader[Read], planned: Iterable[Planned], workers: int, pin: bool = False) -> Iterator[Read]:
     """Batches in exactly the planned order, whatever the number of workers; a plan is asked no further than they are
     ahead.
 

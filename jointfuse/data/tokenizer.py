@@ -4,10 +4,10 @@ from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import RobertaProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from jointfuse.data.shards import Split
+from jointfuse.data.mixture import AnySplit
 
 
-def train_tokenizer(split: Split, vocabulary: int) -> PreTrainedTokenizerBase:
+def train_tokenizer(split: AnySplit, vocabulary: int) -> PreTrainedTokenizerBase:
     """RoBERTa's kind of byte-level BPE with at most `vocabulary` entries, learnt from the texts of a split."""
     trained = ByteLevelBPETokenizer(lowercase=True)
     texts = (split.sample(id, audio=False).text for id in range(len(split)))

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from jointfuse.config import Config, read_yaml, validate
-from jointfuse.data.cache import cache_of
+from jointfuse.data.mixture import AnyCorpus, AnySplit, open_data
 from jointfuse.data.reader import UtteranceReader
-from jointfuse.data.shards import Corpus, Split
 from jointfuse.errors import UserError
 from jointfuse.evaluate.history import read_metrics
 from jointfuse.evaluate.metrics import Predictions, score
@@ -26,25 +25,21 @@ def evaluate_run(run: Path, split_name: str, corpus_path: str | None = None) -> 
     Every rank calls it where there are several; the result does not depend on their number.
 
     Args:
-        corpus_path: another corpus with the same labels; the one the run was trained on unless set.
+        corpus_path: another corpus, with some of the same labels; what the run was trained on unless set.
 
     Returns:
         The scores, see jointfuse.evaluate.metrics.score.
 
     Raises:
-        UserError: no chosen model, no such split, or a corpus with other labels.
+        UserError: no chosen model, no such split, or a corpus with a label that the model does not know.
     """
     if not (run / "best").is_dir():
         raise UserError(f"{run}: no chosen model here (RUN/best is missing); train first, or name another run folder")
     model = load_model(run / "best")
     data = model.config.data
-    cache = None if corpus_path else cache_of(data.remote, data.cache, data.cache_gib)
-    corpus = Corpus.open(corpus_path or data.corpus, cache=cache)
-    if corpus.labels != model.labels:
-        raise UserError(
-            f"{corpus.path}: its labels are {', '.join(corpus.labels)}; the model in {run} was trained on "
-            f"{', '.join(model.labels)}"
-        )
+    if corpus_path:
+        data = data.model_copy(update={"corpus": corpus_path, "mix": [], "remote": "", "cache": ""})
+    corpus = open_data(data, model.labels)
     split = corpus.split(split_name)
     network = model.network.cuda() if torch.cuda.is_available() else model.network
     reader = UtteranceReader(split, data, model.tokenizer, network.reads_audio, model.mel_mean, model.mel_deviation)
@@ -56,7 +51,12 @@ def evaluate_run(run: Path, split_name: str, corpus_path: str | None = None) -> 
 
 
 def _write(
-    run: Path, config: Config, corpus: Corpus, split: Split, predictions: Predictions, result: dict[str, Any]
+    run: Path,
+    config: Config,
+    corpus: AnyCorpus,
+    split: AnySplit,
+    predictions: Predictions,
+    result: dict[str, Any],
 ) -> None:
     settings = run / "config.yaml"
     if settings.exists():
@@ -77,7 +77,7 @@ def _write(
 _MODALITIES = {"both": "text + audio", "text": "text", "audio": "audio"}
 
 
-def _hard(split: Split, labels: list[str], predictions: Predictions, i: int) -> Hard:
+def _hard(split: AnySplit, labels: list[str], predictions: Predictions, i: int) -> Hard:
     utterance = split.sample(i, audio=False)
     return Hard(
         key=utterance.key,

@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from jointfuse.config import Config, changed_keys, read_yaml, validate
-from jointfuse.data.shards import Corpus
+from jointfuse.data.mixture import AnyCorpus
 from jointfuse.errors import UserError
 
 # Settings that may differ between a checkpoint and the run that resumes it: none of them changes a
@@ -23,6 +23,7 @@ from jointfuse.errors import UserError
 FREE = {
     "data.workers",
     "data.corpus",
+    "data.mix",  # corpora and weights are in the digest
     "data.remote",
     "data.cache",
     "data.cache_gib",
@@ -91,11 +92,11 @@ def latest_checkpoint(run: Path) -> Path | None:
     return folder
 
 
-def corpus_digest(corpus: Corpus) -> str:
+def corpus_digest(corpus: AnyCorpus) -> str:
     return hashlib.sha256(json.dumps(corpus.info, sort_keys=True).encode()).hexdigest()
 
 
-def check_resumable(checkpoint: Path, config: Config, world_size: int, corpus: Corpus) -> Position:
+def check_resumable(checkpoint: Path, config: Config, world_size: int, corpus: AnyCorpus) -> Position:
     """The position in a checkpoint that this run may go on from.
 
     Raises:

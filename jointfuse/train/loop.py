@@ -16,12 +16,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from jointfuse.config import Config, parse_interval
 from jointfuse.data.augment import Augmentation
 from jointfuse.data.batch import Batch
-from jointfuse.data.cache import cache_of
 from jointfuse.data.columns import Weights
 from jointfuse.data.feed import Feed, Waited
+from jointfuse.data.mixture import AnyCorpus, MixedSplit, open_data
 from jointfuse.data.plan import Plan
 from jointfuse.data.reader import UtteranceReader
-from jointfuse.data.shards import Corpus
 from jointfuse.data.stream import stream
 from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
@@ -143,7 +142,8 @@ class Trainer:
     def _plan(self) -> Plan:
         data, settings, split = self.config.data, self.config.train, self.train_reader.split
         positions = self.train_reader.positions(self.config.model.vision.patch)
-        weights = None if data.balance == "none" else Weights(split, data.balance)
+        mixed = isinstance(split, MixedSplit) and split.weights is not None
+        weights = Weights(split, data.balance) if mixed or data.balance != "none" else None
         return Plan(positions, settings.batch, settings.seed, split.shard_sizes, data.shuffle_block, weights)
 
     def _in_steps(self, interval: str) -> int:
@@ -409,14 +409,11 @@ def _pool_figures(sums: list[float], pools: int) -> dict[str, float | None]:
     }
 
 
-def open_corpus(config: Config) -> Corpus:
-    """The corpus of a recipe. Raises UserError where none is named or what is named is none."""
-    if not config.data.corpus:
-        raise UserError("data.corpus is not set: add data.corpus=FOLDER (tools/build_shards.py makes one)")
-    cache = cache_of(config.data.remote, config.data.cache, config.data.cache_gib)
-    corpus = Corpus.open(config.data.corpus, cache=cache)
+def open_corpus(config: Config) -> AnyCorpus:
+    """What a recipe trains on. Raises UserError where none is named or what is named is none."""
+    corpus = open_data(config.data)
     if len(corpus.labels) < 2:
-        raise UserError(f"{config.data.corpus}: its label set is {corpus.labels}; training needs two classes or more")
+        raise UserError(f"{corpus.path}: its label set is {corpus.labels}; training needs two classes or more")
     return corpus
 
 
