@@ -16,6 +16,7 @@ from corpus_helpers import REPOSITORY, hashes, small_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jointfuse.data.build import to_pcm
 from jointfuse.data.corpora.table import load_clip
 from jointfuse.data.shards import INDEX_DTYPE, Corpus, Utterance, _files, _plain_files, write_tar
 from jointfuse.errors import UserError
@@ -44,8 +45,8 @@ def test_samples_come_back_as_they_were_in_the_table(built: Path) -> None:
     assert utterance.key == split.key(6) == "train_train1_002"
     original = load_clip(built.parent / "wav" / "train_1_2.wav")
     assert utterance.waveform is not None
-    assert utterance.waveform.dtype == np.float32
-    np.testing.assert_allclose(utterance.waveform, original, atol=1 / 32768)
+    assert utterance.waveform.dtype == np.int16
+    np.testing.assert_allclose(utterance.waveform / 32768, original, atol=1 / 32768)
 
 
 def test_the_index_says_what_the_samples_say(built: Path) -> None:
@@ -99,7 +100,7 @@ def test_plain_webdataset_reads_a_shard(built: Path) -> None:
         assert sample["__key__"] == mine.key
         assert sample["txt"] == mine.text
         assert sample["json"] == mine.meta
-        waveform, rate = soundfile.read(io.BytesIO(sample["flac"]), dtype="float32")
+        waveform, rate = soundfile.read(io.BytesIO(sample["flac"]), dtype="int16")
         assert rate == 16_000
         np.testing.assert_array_equal(waveform, mine.waveform)
 
@@ -207,10 +208,14 @@ def test_a_tar_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
     assert hashes(tmp_path) == {}
 
 
-def test_a_clip_of_one_sample_is_still_a_clip_and_full_scale_does_not_wrap(tmp_path: Path) -> None:
+def test_full_scale_does_not_wrap() -> None:
+    assert to_pcm(np.array([1, -1, 1.7, -1.7, 0.5 / 32768], np.float32)).tolist() == [32767, -32768, 32767, -32768, 0]
+
+
+def test_a_clip_of_one_sample_is_still_a_clip(tmp_path: Path) -> None:
     from jointfuse.data.index import index_rows
 
-    sidecar = write_tar(tmp_path / "a.tar", [_utterance(waveform=np.ones(1, np.float32))])
+    sidecar = write_tar(tmp_path / "a.tar", [_utterance(waveform=np.full(1, 32767, np.int16))])
     assert index_rows([sidecar], ["a"])[0]["duration_ms"] == 1
     sample = next(iter(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)))
     assert soundfile.read(io.BytesIO(sample["flac"]), dtype="int16")[0].tolist() == [32767]

@@ -5,7 +5,7 @@ import torch
 import torchaudio.functional as F_audio
 
 from jointfuse.config import AugmentSettings
-from jointfuse.data.features import MEL_BINS
+from jointfuse.data.features import INT16, MEL_BINS, to_int16
 
 SPEED_STEPS = 50  # speeds are multiples of 1 / 50: the resampling filters stay short
 
@@ -25,9 +25,12 @@ class Augmentation:
         # The plan's own numbers have the same key and the counters below 2^64.
         return np.random.Generator(np.random.Philox(key=[self.seed, self.epoch], counter=[0, id + 1, 0, 0]))
 
-    def waveform(self, waveform: torch.Tensor, draws: np.random.Generator) -> torch.Tensor:
-        """(S,) -> (S',) float32: speed (and with it pitch; Ko et al. 2015), white noise, gain, in this order."""
+    def waveform(self, clip: torch.Tensor, draws: np.random.Generator) -> torch.Tensor:
+        """(S,) -> (S',) int16: speed (and with it pitch; Ko et al. 2015), white noise, gain, in this order."""
         settings = self.settings
+        if not (settings.speed or settings.noise or settings.gain):
+            return clip
+        waveform = clip / INT16
         if settings.speed:
             furthest = round(settings.speed * SPEED_STEPS)
             speed = SPEED_STEPS + int(draws.integers(-furthest, furthest, endpoint=True))
@@ -38,7 +41,7 @@ class Augmentation:
             waveform = waveform + noise * waveform.square().mean().sqrt() * 10 ** (-ratio / 20)
         if settings.gain:
             waveform = waveform * 10 ** (draws.uniform(-settings.gain, settings.gain) / 20)
-        return waveform
+        return to_int16(waveform)
 
     def masks(self, frames: int, draws: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Bands of bins and of frames that are hidden, each (M, 2) int64, first and number (SpecAugment, Park et al.

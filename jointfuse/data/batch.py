@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from jointfuse.data.features import FFT_SIZE, FrontEnd
+from jointfuse.data.features import FrontEnd, continued, continued_length
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Example:
 
     id: int
     tokens: np.ndarray  # (T,) int64; empty when the utterance has no text
-    clip: torch.Tensor  # (S + 512,) int16, continued at its ends; empty when it has no clip
+    clip: torch.Tensor  # (S,) int16; empty when it has no clip
     frames: int  # F; 0 when it has no clip
     bin_masks: np.ndarray  # (M, 2) int64, first and number
     frame_masks: np.ndarray  # (M, 2) int64
@@ -51,7 +51,7 @@ class HostBatch:
     tokens: torch.Tensor
     token_mask: torch.Tensor
     token_places: torch.Tensor
-    clips: torch.Tensor  # (B, S + 512) int16, zeros behind each clip's end
+    clips: torch.Tensor  # (B, S + 512) int16, each continued at its ends, zeros behind it
     frames: torch.Tensor
     bin_masks: torch.Tensor  # (B, M, 2) int64, first and number
     frame_masks: torch.Tensor  # (B, M, 2) int64
@@ -81,11 +81,12 @@ def collate(examples: list[Example], valid: np.ndarray, pad_token: int, skipped:
     """Pad to the longest text and the longest clip of the batch (at least one position each)."""
     tokens = torch.full((len(examples), max(1, *(len(e.tokens) for e in examples))), pad_token, dtype=torch.long)
     token_mask = torch.zeros(tokens.shape, dtype=torch.bool)
-    clips = torch.zeros(len(examples), max(FFT_SIZE, *(len(e.clip) for e in examples)), dtype=torch.int16)
+    longest = max(continued_length(len(example.clip)) for example in examples)
+    clips = torch.empty(len(examples), longest, dtype=torch.int16)
     for row, example in enumerate(examples):
         tokens[row, : len(example.tokens)] = torch.from_numpy(example.tokens)
         token_mask[row, : len(example.tokens)] = True
-        clips[row, : len(example.clip)] = example.clip
+        continued(example.clip, into=clips[row])
     standing = token_mask.clone()
     standing[:, 0] = True
     counted = [example for example, counts in zip(examples, valid, strict=True) if counts]

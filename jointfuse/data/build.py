@@ -288,7 +288,13 @@ def _utterances(job: _Job) -> Iterator[Utterance]:
             "end": row.end,
             **row.extra,
         }
-        yield Utterance(key, row.text, waveform, row.label, row.speaker, row.dialogue, row.turn, meta)
+        clip = None if waveform is None else to_pcm(waveform)
+        yield Utterance(key, row.text, clip, row.label, row.speaker, row.dialogue, row.turn, meta)
+
+
+def to_pcm(waveform: np.ndarray) -> np.ndarray:
+    """(S,) float32 in [-1, 1] -> (S,) int16, clipped where it is louder than one."""
+    return np.clip(np.rint(waveform * 32768.0), -32768, 32767).astype(np.int16)
 
 
 def _work_alone(job: _Job) -> None:

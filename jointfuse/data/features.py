@@ -36,15 +36,28 @@ def frames_of(samples: int) -> int:
     return 1 + samples // HOP_LENGTH
 
 
-def continued(waveform: torch.Tensor) -> torch.Tensor:
-    """(S,) -> (S + 512,), reflected at both ends; a clip too short to be reflected is extended with silence first."""
-    missing = max(0, MARGIN + 1 - waveform.numel())
-    extended = torch.nn.functional.pad(waveform, (0, missing))
-    return torch.cat([extended[1 : MARGIN + 1].flip(0), extended, extended[-MARGIN - 1 : -1].flip(0)])
+def continued_length(samples: int) -> int:
+    """Samples of a clip of so many once it is continued."""
+    return max(samples, MARGIN + 1) + 2 * MARGIN
+
+
+def continued(waveform: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+    """(S,) -> (S + 512,), reflected at both ends; a clip too short to be reflected is extended with silence first.
+
+    Args:
+        into: written to its beginning, zeros behind it.
+    """
+    samples, length = len(waveform), continued_length(len(waveform))
+    row = waveform.new_empty(length) if into is None else into
+    row[MARGIN : MARGIN + samples] = waveform
+    row[MARGIN + samples :] = 0
+    row[:MARGIN] = row[MARGIN + 1 : 2 * MARGIN + 1].flip(0)
+    row[length - MARGIN : length] = row[length - 2 * MARGIN - 1 : length - MARGIN - 1].flip(0)
+    return row
 
 
 def to_int16(waveform: torch.Tensor) -> torch.Tensor:
-    """(S,) float32 in [-1, 1] -> (S,) int16; exact for what a 16-bit file held, clipped where it is louder than one."""
+    """(S,) float32 in [-1, 1] -> (S,) int16, clipped where it is louder than one."""
     return (waveform * INT16).round().clamp(-INT16, INT16 - 1).to(torch.int16)
 
 

@@ -13,7 +13,7 @@ from jointfuse.config import AugmentSettings, DataSettings
 from jointfuse.data.augment import Augmentation
 from jointfuse.data.batch import Example, HostBatch, collate
 from jointfuse.data.columns import Positions
-from jointfuse.data.features import SAMPLE_RATE, FrontEnd, continued, frames_of, to_int16
+from jointfuse.data.features import SAMPLE_RATE, FrontEnd, frames_of
 from jointfuse.data.mixture import AnySplit
 from jointfuse.data.plan import Planned
 from jointfuse.data.shards import Utterance
@@ -153,14 +153,14 @@ class UtteranceReader:
         return np.asarray([begin, *kept], dtype=np.int64), len(own) > room - 1
 
     def _clip(self, id: int, waveform: np.ndarray | None) -> tuple[torch.Tensor, int, Masks, bool]:
-        """(S,) float32 -> (S' + 512,) int16, its frames, its masks, and whether it was cut."""
+        """(S,) int16 -> (S',) int16, its frames, its masks, and whether it was cut."""
         draws = self.augmentation.draws(id)
         if waveform is None:
             return torch.empty(0, dtype=torch.int16), 0, self.augmentation.masks(0, draws), False
         heard = self.augmentation.waveform(torch.from_numpy(waveform), draws)[: self.max_samples]
         frames = frames_of(len(heard))
         cut = len(waveform) > self.max_samples
-        return continued(to_int16(heard)), frames, self.augmentation.masks(frames, draws), cut
+        return heard, frames, self.augmentation.masks(frames, draws), cut
 
 
 def _spoken(turns: list[Utterance], speakers: str) -> list[str]:

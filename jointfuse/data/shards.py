@@ -41,7 +41,7 @@ SIDECARS_KEPT = 8
 class Utterance:
     """One turn of a dialogue.
 
-    `waveform` is (S,) float32 in [-1, 1] at 16 kHz, or None without a clip; `text` is empty without a text;
+    `waveform` is (S,) int16 at 16 kHz, or None without a clip; `text` is empty without a text;
     `meta` is the sample's whole JSON member.
     """
 
@@ -80,7 +80,7 @@ def write_tar(path: Path, utterances: Iterable[Utterance], seen: Accumulator | N
     """Write one tar and return its sidecar: {"sha256", "bytes", "samples": [...]}.
 
     The bytes depend on the utterances alone: members are sorted, times, owners and modes fixed. `seen.add` receives
-    every clip after its rounding to 16 bits.
+    every clip.
     """
     import webdataset
 
@@ -97,13 +97,12 @@ def write_tar(path: Path, utterances: Iterable[Utterance], seen: Accumulator | N
                 }
                 duration = 0.0
                 if utterance.waveform is not None:
-                    pcm = np.clip(np.rint(utterance.waveform * 32768.0), -32768, 32767).astype(np.int16)
                     flac = io.BytesIO()
-                    soundfile.write(flac, pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+                    soundfile.write(flac, utterance.waveform, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
                     members["flac"] = flac.getvalue()
-                    duration = len(pcm) / SAMPLE_RATE
+                    duration = len(utterance.waveform) / SAMPLE_RATE
                     if seen is not None:
-                        seen.add(pcm.astype(np.float32) / 32768.0)
+                        seen.add(utterance.waveform)
                 tar.write(members)
                 samples.append(
                     {
@@ -146,15 +145,15 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 
 
 def decode_flac(data: bytes) -> np.ndarray:
-    """FLAC bytes to (S,) float32. Raises ValueError unless they are a finite, non-empty 16 kHz mono clip."""
+    """FLAC bytes to (S,) int16. Raises ValueError unless they are a 16 kHz mono clip that is not empty."""
     try:
-        waveform, rate = soundfile.read(io.BytesIO(data), dtype="float32")
+        waveform, rate = soundfile.read(io.BytesIO(data), dtype="int16")
     except soundfile.SoundFileError as error:
         raise ValueError(f"its audio does not decode: {error}") from error
     if rate != SAMPLE_RATE or waveform.ndim != 1:
         raise ValueError(f"its audio is not {SAMPLE_RATE} Hz mono")
-    if waveform.size == 0 or not np.isfinite(waveform).all():
-        raise ValueError("its audio is empty or not finite")
+    if waveform.size == 0:
+        raise ValueError("its audio is empty")
     return waveform
 
 
