@@ -26,15 +26,25 @@ def train(
     recipe: Recipe,
     run: Annotated[Path, typer.Option(help="folder of the run, made by this command")],
     ranks: Ranks = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="machines; the command runs on each of them")] = 1,
+    node_rank: Annotated[int, typer.Option(help="which of them this is, from 0")] = 0,
+    master: Annotated[str, typer.Option(help="HOST:PORT at which node 0 is reached", show_default=False)] = "",
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run's latest checkpoint")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Train a recipe through the DeepSpeed launcher."""
-    from jointfuse.launch import check_train, launch_training
+    """Train a recipe through the DeepSpeed launcher.
 
+    USR2, TERM or Ctrl-C: every rank saves after the step it is at, and --resume goes on from there. Exit status: 0
+    finished, 2 a mistake in settings or data, 3 stopped when asked to; anything else is a fault.
+    """
+    from jointfuse.interruption import end_when_asked
+    from jointfuse.launch import Nodes, check_train, launch_training
+
+    end_when_asked()
     config = load_config(recipe, overrides or [])
-    check_train(config, run, resume, ranks)
-    raise typer.Exit(launch_training(recipe, overrides or [], run, resume, ranks))
+    placed = Nodes(nodes, node_rank, master)
+    check_train(config, run, resume, ranks * nodes)
+    raise typer.Exit(launch_training(recipe, overrides or [], run, resume, ranks, placed))
 
 
 @app.command("eval")

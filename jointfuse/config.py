@@ -223,6 +223,7 @@ class TrainSettings(Settings):
     evaluate_every: str = "1 epoch"
     save_every: str = "1 epoch"
     keep_checkpoints: Positive = 2
+    save_async: bool = Field(False, description="train on while a checkpoint is written; it takes as much host memory")
     choose_by: Literal["weighted_f1", "macro_f1", "accuracy", "last"] = Field(
         "weighted_f1",
         description="dev score by which the model is chosen; last: the model at the end, where dev is too small",

@@ -8,17 +8,21 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from jointfuse.errors import UserError
+from jointfuse.interruption import STOPPED
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 USER_ERROR = 2  # exit status
 
 
-def rank_main(work: Callable[[], None]) -> None:
-    """Join the other ranks, do `work`, leave. A UserError ends the process with one line and exit status 2."""
+def rank_main(work: Callable[[], bool]) -> None:
+    """Join the other ranks, do `work`, leave.
+
+    A UserError ends the process with one line and exit status 2, work that answers False (it was stopped) with 3.
+    """
     rank = int(os.environ.get("RANK", "0"))
     try:
         _join()
-        work()
+        done = work()
     except (UserError, OSError) as error:
         if rank:
             # Mostly every rank finds the same fault: rank 0 says it, and its exit ends the others before they do.
@@ -32,6 +36,9 @@ def rank_main(work: Callable[[], None]) -> None:
             time.sleep(30)
         raise
     _leave()
+    if not done:
+        # What still runs here are decoding workers, which nobody waits for.
+        os._exit(STOPPED)
 
 
 def _means_a_lost_peer(error: RuntimeError) -> bool:
@@ -50,7 +57,7 @@ def _join() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)

@@ -104,4 +104,4 @@ def test_the_commands_of_the_readme_end_well_one_after_the_other(desk: Path) -> 
     for made in ("corpora/mine.png", "runs/mine/eval-test/report.html"):
         assert (desk / made).stat().st_size > 10_000, made
     assert (desk / "runs/local/best/model.safetensors").exists()
-    assert (desk / "runs/demo/finished").exists()
+    assert (desk / "runs/demo/status").read_text() == "finished\n"

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from jointfuse.config import Config, changed_keys, read_yaml, validate
 from jointfuse.data.mixture import AnyCorpus
 from jointfuse.errors import UserError
+from jointfuse.train.writer import Writer
 
 # Settings that may differ between a checkpoint and the run that resumes it: none of them changes a
 # number while all utterances can be read.
@@ -51,33 +52,67 @@ class Position:
 
 def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 
-def save_checkpoint(engine: Any, run: Path, position: Position, config: Config) -> None:
-    """Every rank calls it; older checkpoints than `train.keep_checkpoints` go once the new one is named."""
-    folder = run / "checkpoints"
-    name = f"step-{position.step:08d}"
-    partial = f".{name}.partial"
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(folder / partial, ignore_errors=True)
-    dist.barrier()
-    # DeepSpeed would write `latest` on rank 0 before the other ranks have finished.
-    engine.save_checkpoint(str(folder), tag=partial, save_latest=False)
-    if first:
-        (folder / partial / "position.json").write_text(json.dumps(asdict(position), indent=2) + "\n")
-        (folder / partial / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    dist.barrier()
-    if first:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(folder / partial, folder / name)
-        write_atomically(folder / "latest", name + "\n")
-        complete = sorted(path for path in folder.glob("step-*"))
-        for old in complete[: -config.train.keep_checkpoints]:
-            shutil.rmtree(old)
-    dist.barrier()
+class Checkpoints:
+    """The checkpoints that a run writes; every rank calls every method.
+
+    Args:
+        engine: of DeepSpeed; its files are written by a Writer from now on.
+        run: folder of the run.
+    """
+
+    def __init__(self, engine: Any, run: Path, config: Config) -> None:
+        self.engine, self.folder, self.config = engine, run / "checkpoints", config
+        self.writer = engine.checkpoint_engine = Writer(config.train.save_async)
+        self.first = dist.get_rank() == 0
+        self._begun: str | None = None
+        if self.first:
+            for partial in self.folder.glob(".step-*.partial"):  # of a run that died while it saved
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def save(self, position: Position) -> None:
+        """Begin a checkpoint, and end it too unless `train.save_async`.
+
+        Raises:
+            OSError: it cannot be written; the one before it is untouched.
+        """
+        self.finish()
+        name = f"step-{position.step:08d}"
+        partial = self.folder / f".{name}.partial"
+        # DeepSpeed would write `latest` on rank 0 before the other ranks have finished.
+        self.engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
+        if self.first:
+            write_atomically(partial / "position.json", json.dumps(asdict(position), indent=2) + "\n")
+            write_atomically(partial / "config.yaml", self.config.to_yaml())
+        self._begun = name
+        if not self.config.train.save_async:
+            self.finish()
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank has files to write still."""
+        return self.writer.busy
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that was begun last and name it; older ones than `train.keep_checkpoints` go then."""
+        if self._begun is None:
+            return
+        self.writer.finish()
+        dist.barrier()
+        name, self._begun = self._begun, None
+        if self.first:
+            shutil.rmtree(self.folder / name, ignore_errors=True)  # of steps that a resumed run does again
+            os.replace(self.folder / f".{name}.partial", self.folder / name)
+            write_atomically(self.folder / "latest", name + "\n")
+            for old in sorted(self.folder.glob("step-*"))[: -self.config.train.keep_checkpoints]:
+                shutil.rmtree(old)
+        dist.barrier()
 
 
 def latest_checkpoint(run: Path) -> Path | None:

@@ -2,12 +2,11 @@
 
 import hashlib
 import math
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,26 +30,29 @@ from jointfuse.model.backbones import pretrained_tokenizer
 from jointfuse.model.export import initialise, save_model
 from jointfuse.model.network import Network
 from jointfuse.train.checkpoint import (
+    Checkpoints,
     Position,
     check_resumable,
     corpus_digest,
     latest_checkpoint,
     load_checkpoint,
-    save_checkpoint,
-    write_atomically,
 )
 from jointfuse.train.engine import check_compile, divide, full_state, read_ds_config, start_engine, zero_stage
 from jointfuse.train.objective import Objective
 from jointfuse.train.pool import pool_step
 from jointfuse.train.progress import Display, peak_memory
 from jointfuse.train.run_folder import (
+    FINISHED,
     SKIPPED,
+    STOPPED_EARLY,
     MetricsLog,
     check_run_folder,
     create_run_folder,
     note_skipped,
+    write_status,
 )
 from jointfuse.train.schedule import lr_factor
+from jointfuse.train.vote import Vote
 
 NEVER = 2**62  # a step
 
@@ -62,6 +64,7 @@ class Trainer:
         config: resolved settings.
         run: folder of the run.
         resume: go on from the run's latest checkpoint (from the start where it has none yet).
+        asked: set once this rank is to save and stop.
 
     Raises:
         UserError: settings, data, weights or a checkpoint that cannot be used; nothing has been written then.
@@ -69,7 +72,7 @@ class Trainer:
 
     log_every = 10  # steps between reading figures from the device
 
-    def __init__(self, config: Config, run: Path, resume: bool) -> None:
+    def __init__(self, config: Config, run: Path, resume: bool, asked: threading.Event | None = None) -> None:
         self.config, self.run = config, run
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         settings = config.train
@@ -115,6 +118,8 @@ class Trainer:
         self.log = MetricsLog(run, self.position.step) if self.rank == 0 else None
         self.skipped = 0  # utterances of this epoch, of all ranks, since the run was last started
         self.score_name = "weighted_f1" if settings.choose_by == "last" else settings.choose_by
+        self.checkpoints = Checkpoints(self.engine, run, config)
+        self.vote, self.stopped = Vote(asked or threading.Event()), False
         self.evaluate_every = self._in_steps(settings.evaluate_every)
         self.save_every = self._in_steps(settings.save_every)
 
@@ -150,23 +155,31 @@ class Trainer:
         count, unit = parse_interval(interval)
         return count * (self.plan.steps_per_epoch if unit == "epoch" else 1)
 
-    def train(self) -> dict[str, Any]:
-        """Train to the end, or until `train.patience` runs out. Returns the position as a dictionary."""
+    def train(self) -> bool:
+        """Train to the end, or until `train.patience` runs out; false: asked to stop, it has saved and can go on."""
         position = self.position
         with Display(self.steps, position.step, self.rank == 0) as self.display:
             self._report_start()
-            while position.step < self.steps and not self._out_of_patience():
+            while position.step < self.steps and not self._out_of_patience() and not self.stopped:
                 self._epoch()
+            self.checkpoints.finish()
+            if self.stopped:
+                self.display.line(f"stopped at step {position.step} when asked to; --resume goes on from there")
+                self._end(STOPPED_EARLY)
+                return False
             if position.step < self.steps:
                 self.display.line(f"stopped early: no better dev score in {self.config.train.patience} evaluations")
             self.display.line(
                 f"finished at step {position.step}; chosen: step {position.best_step}, "
                 f"dev {HEADLINES[self.score_name]} {position.best_score:.4f}: {self.run / 'best'}"
             )
+        self._end(FINISHED)
+        return True
+
+    def _end(self, status: str) -> None:
         if self.log:
             self.log.close()
-            write_atomically(self.run / "finished", f"step {position.step}\n")
-        return asdict(position)
+            write_status(self.run, status)
 
     def _epoch(self) -> None:
         """The rest of the current epoch; ends early when steps or patience run out."""
@@ -188,11 +201,16 @@ class Trainer:
                 window.flush()
                 self._evaluate()
             ends = last or self._out_of_patience()
-            if position.step % self.save_every == 0 or ends:
+            stop, busy = self.vote.count()
+            self.stopped = stop and not ends
+            if not busy:
+                self.checkpoints.finish()
+            if position.step % self.save_every == 0 or ends or self.stopped:
                 window.flush()  # a run that resumes here logs what one that never stopped does
-                save_checkpoint(self.engine, self.run, position, self.config)
-            if ends:
+                self.checkpoints.save(position)
+            if ends or self.stopped:
                 break
+            self.vote.cast(self.checkpoints.busy)
 
     def _out_of_patience(self) -> bool:
         patience = self.config.train.patience

@@ -3,6 +3,7 @@
 RUN/config.yaml        resolved settings          RUN/checkpoints/   to resume from
 RUN/environment.json   versions and devices       RUN/best/          the chosen model
 RUN/metrics.jsonl      losses and dev scores      RUN/tokenizer/     where the model reads text
+RUN/status             running, finished or stopped
 RUN/tensorboard/           RUN/skipped.jsonl  with data.on_error=skip: what could not be read, and why
 """
 
@@ -23,6 +24,7 @@ from jointfuse.evaluate.history import read_metrics
 from jointfuse.train.checkpoint import write_atomically
 
 SKIPPED = "skipped.jsonl"
+RUNNING, FINISHED, STOPPED_EARLY = "running", "finished", "stopped"
 
 
 def check_run_folder(run: Path, resume: bool) -> None:
@@ -49,8 +51,22 @@ def create_run_folder(run: Path, config: Config, world_size: int) -> None:
         "command": sys.argv,
         "packages": {name: version(name) for name in packages},
     }
-    write_atomically(run / "environment.json", json.dumps(environment, indent=2) + "\n")
     write_atomically(run / "config.yaml", config.to_yaml())
+    write_atomically(run / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_status(run, RUNNING)
+
+
+def write_status(run: Path, status: str) -> None:
+    """What becomes of a run, for whoever started it; written by rank 0."""
+    write_atomically(run / "status", status + "\n")
+
+
+def read_status(run: Path) -> str:
+    """One of RUNNING, FINISHED and STOPPED_EARLY; empty where no run has begun."""
+    try:
+        return (run / "status").read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
 
 
 def note_skipped(run: Path, rank: int, step: int, reasons: list[str]) -> None:
