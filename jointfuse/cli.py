@@ -19,6 +19,9 @@ app = typer.Typer(
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings as section.key=value", show_default=False)]
 Recipe = Annotated[str, typer.Option(help="a recipe by name, or a path to a .yaml file")]
 Ranks = Annotated[int, typer.Option(min=1, help="processes on this machine, one a GPU")]
+NumberOfNodes = Annotated[int, typer.Option("--nodes", min=1, help="machines; the command runs on each of them")]
+NodeRank = Annotated[int, typer.Option(help="which of them this is, from 0")]
+Master = Annotated[str, typer.Option(help="HOST:PORT at which node 0 is reached", show_default=False)]
 
 
 @app.command()
@@ -26,9 +29,9 @@ def train(
     recipe: Recipe,
     run: Annotated[Path, typer.Option(help="folder of the run, made by this command")],
     ranks: Ranks = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="machines; the command runs on each of them")] = 1,
-    node_rank: Annotated[int, typer.Option(help="which of them this is, from 0")] = 0,
-    master: Annotated[str, typer.Option(help="HOST:PORT at which node 0 is reached", show_default=False)] = "",
+    nodes: NumberOfNodes = 1,
+    node_rank: NodeRank = 0,
+    master: Master = "",
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run's latest checkpoint")] = False,
     overrides: Overrides = None,
 ) -> None:
@@ -83,6 +86,21 @@ def compare(
     from jointfuse.experiments.modalities import compare_modalities
 
     compare_modalities(recipe, overrides or [], out, ranks, seeds, Console())
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path, typer.Option(help="folder of a run, there already or to come")],
+    ranks: Ranks = 1,
+    nodes: NumberOfNodes = 1,
+    node_rank: NodeRank = 0,
+    master: Master = "",
+) -> None:
+    """Look at what a job needs before it starts: versions, devices, connections between nodes, disk."""
+    from jointfuse.doctor import examine
+    from jointfuse.launch import Nodes
+
+    examine(run, ranks, Nodes(nodes, node_rank, master), Console())
 
 
 @app.command()
