@@ -244,6 +244,12 @@ class TrainSettings(Settings):
         description="what the backward pass computes again: fused blocks and unimodal layers as a whole (block), the "
         "same but for attention (attention), or fused blocks in parts (layer)",
     )
+    most_broken: Count = Field(
+        5, description="steps in a row whose loss or gradient is not finite; they are skipped, one more ends the run"
+    )
+    longest_step: Rate = Field(
+        1800.0, description="seconds for a step with the evaluation and checkpoint behind it, until the run is given up"
+    )
     compile: bool = Field(
         False,
         description="fuse what lies between the matrix products with torch.compile: minutes at the start, faster steps "

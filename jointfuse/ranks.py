@@ -8,10 +8,11 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from jointfuse.errors import UserError
-from jointfuse.interruption import STOPPED
+from jointfuse.interruption import FAULT, STOPPED
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 USER_ERROR = 2  # exit status
+LOST = 15  # seconds
 
 
 def rank_main(work: Callable[[], bool]) -> None:
@@ -31,10 +32,17 @@ def rank_main(work: Callable[[], bool]) -> None:
         # Without tearing down: the other ranks may be inside a collective that will not end.
         os._exit(USER_ERROR)
     except RuntimeError as error:
-        if _means_a_lost_peer(error):
-            # The rank that failed has said why, and the launcher ends this one: no stack trace has the last word.
-            time.sleep(30)
-        raise
+        if not _means_a_lost_peer(error):
+            raise
+        # The rank that failed has said why, and on its machine the launcher ends this one.
+        time.sleep(LOST)
+        print(
+            f"error: rank {rank}: another rank has gone or hangs ({str(error).splitlines()[0]}); its own last line "
+            "says why, and --resume goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(FAULT)
     _leave()
     if not done:
         # What still runs here are decoding workers, which nobody waits for.

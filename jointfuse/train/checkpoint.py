@@ -31,6 +31,9 @@ FREE = {
     "data.on_error",
     "data.most_skipped",
     "train.keep_checkpoints",
+    "train.save_async",
+    "train.most_broken",
+    "train.longest_step",
     "train.save_every",
     "recipe",
 }

@@ -198,6 +198,8 @@ def start_engine(objective: Objective, config: Config, division: Division) -> An
     }
     forget_dead_builds(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
     optimizer = _optimizer(parameter_groups(objective, settings), settings, ds_config)
+    if zero_stage(ds_config) == 0:
+        optimizer.register_step_pre_hook(_skip_what_is_not_finite)
     rates = [group["lr"] for group in optimizer.param_groups]
     half = any(ds_config.get(precision, {}).get("enabled") for precision in ("fp16", "bf16"))
     wrapped = half and zero_stage(ds_config) == 0
@@ -212,6 +214,24 @@ def start_engine(objective: Objective, config: Config, division: Division) -> An
             group["lr"] = rate
         engine.optimizer.optimizer.state.clear()  # nor does Adam count that step
     return engine
+
+
+def _skip_what_is_not_finite(optimizer: Any, *_: Any) -> None:
+    """As DeepSpeed does in all its other optimizers: the step is none, and `overflow` says so."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    optimizer.overflow = bool(gradients) and not bool(torch.stack(norms).isfinite().all())
+    if optimizer.overflow:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def forget_gradients(engine: Any) -> None:
+    """After a step that the optimizer has refused: ZeRO-3 would find what was not finite again in the next one."""
+    kept = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    if kept is not None:
+        kept.zero_()
 
 
 def full_state(engine: Any) -> dict[str, torch.Tensor]:

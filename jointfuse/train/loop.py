@@ -25,7 +25,6 @@ from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
 from jointfuse.evaluate.metrics import HEADLINES, score
 from jointfuse.evaluate.predict import predict
-from jointfuse.losses import DivergedError
 from jointfuse.model.backbones import pretrained_tokenizer
 from jointfuse.model.export import initialise, save_model
 from jointfuse.model.network import Network
@@ -37,24 +36,32 @@ from jointfuse.train.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
 )
-from jointfuse.train.engine import check_compile, divide, full_state, read_ds_config, start_engine, zero_stage
+from jointfuse.train.engine import (
+    check_compile,
+    divide,
+    forget_gradients,
+    full_state,
+    read_ds_config,
+    start_engine,
+    zero_stage,
+)
 from jointfuse.train.objective import Objective
 from jointfuse.train.pool import pool_step
 from jointfuse.train.progress import Display, peak_memory
 from jointfuse.train.run_folder import (
+    BROKEN,
     FINISHED,
     SKIPPED,
     STOPPED_EARLY,
     MetricsLog,
     check_run_folder,
     create_run_folder,
-    note_skipped,
+    note,
     write_status,
 )
 from jointfuse.train.schedule import lr_factor
 from jointfuse.train.vote import Vote
-
-NEVER = 2**62  # a step
+from jointfuse.train.watchdog import Watchdog
 
 
 class Trainer:
@@ -116,6 +123,7 @@ class Trainer:
         if checkpoint:
             load_checkpoint(self.engine, checkpoint)
         self.log = MetricsLog(run, self.position.step) if self.rank == 0 else None
+        self.broken = 0  # steps in a row
         self.skipped = 0  # utterances of this epoch, of all ranks, since the run was last started
         self.score_name = "weighted_f1" if settings.choose_by == "last" else settings.choose_by
         self.checkpoints = Checkpoints(self.engine, run, config)
@@ -158,7 +166,10 @@ class Trainer:
     def train(self) -> bool:
         """Train to the end, or until `train.patience` runs out; false: asked to stop, it has saved and can go on."""
         position = self.position
-        with Display(self.steps, position.step, self.rank == 0) as self.display:
+        with (
+            Display(self.steps, position.step, self.rank == 0) as self.display,
+            Watchdog(self.rank, self.config.train.longest_step) as self.watchdog,
+        ):
             self._report_start()
             while position.step < self.steps and not self._out_of_patience() and not self.stopped:
                 self._epoch()
@@ -188,6 +199,7 @@ class Trainer:
         for total, micro in self._batches():
             position.step += 1
             position.batch += 1
+            self.watchdog.step(position.step)
             self._step(total, micro, window)
             self.display.step(position.step, position.epoch)
             last = position.step == self.steps
@@ -233,7 +245,8 @@ class Trainer:
         """Real utterances in a global batch: those planned, less those that any rank had to skip."""
         if self.config.data.on_error == "fail":
             return total
-        note_skipped(self.run, self.rank, self.position.step, [why for batch in micro for why in batch.skipped])
+        reasons = [why for batch in micro for why in batch.skipped]
+        note(self.run / SKIPPED, [{"step": self.position.step, "rank": self.rank, "why": why} for why in reasons])
         counted = torch.stack([batch.valid.sum() for batch in micro]).sum()
         dist.all_reduce(counted)
         return max(1, int(counted))
@@ -244,15 +257,16 @@ class Trainer:
         factor = lr_factor(settings, position.step - 1, self.steps)
         for group, base in zip(self.engine.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * factor
-        try:
-            self._micro_steps(total, micro, window)
-        except DivergedError as error:
-            window.flush()  # where an earlier step has diverged, it is that one's fault
-            raise self.diverged(f"step {position.step}: {error}") from error
-        window.end_step(total)
+        loss = self._micro_steps(total, micro, window)
+        window.end_step(total, taken := self.engine.was_step_applied())
+        if taken:
+            self.broken = 0
+        else:
+            self._skipped_step(loss, micro)
 
-    def _micro_steps(self, total: int, micro: list[Batch], window: "_Window") -> None:
-        pooled = None
+    def _micro_steps(self, total: int, micro: list[Batch], window: "_Window") -> torch.Tensor:
+        """Returns the sum of this rank's losses."""
+        pooled, total_loss = None, torch.zeros((), device=self.device)
         if self.engine.module.pools_beforehand:
             pooled = pool_step(self.engine.module, micro, total, self._seed)
         for number, batch in enumerate(micro):
@@ -263,6 +277,29 @@ class Trainer:
             if pooled:
                 losses |= {"icl": pooled.icl, "statistics": pooled.statistics}
             window.add(losses, batch)
+            total_loss += losses["loss"].detach()
+        return total_loss
+
+    def _skipped_step(self, loss: torch.Tensor, micro: list[Batch]) -> None:
+        """A step that the optimizer has refused, since a gradient was not finite."""
+        forget_gradients(self.engine)
+        finite = loss.isfinite().float()
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+        if finite and self.engine.fp16_enabled():
+            return  # the search for a loss scale
+        self.broken += 1
+        split, step = self.train_reader.split, self.position.step
+        ids = [int(id) for batch in micro for id in batch.ids[batch.valid]]
+        note(
+            self.run / BROKEN,
+            [{"step": step, "rank": self.rank, "loss": str(float(loss)), "id": id, "key": split.key(id)} for id in ids],
+        )
+        if self.broken > self.config.train.most_broken:
+            times = f"{self.broken} steps in a row, more than train.most_broken" if self.broken > 1 else "a step"
+            raise self.diverged(
+                f"step {step}: the loss or its gradient was not finite in {times}; {self.run / BROKEN} names their "
+                "utterances"
+            )
 
     def diverged(self, what: str) -> UserError:
         best = self.run / "best"
@@ -343,41 +380,43 @@ class _Window:
         # L_ERC, L_ICL, cut texts, cut clips, skipped; keys, anchors, counted anchors, positives, negatives and their
         # similarity
         self.sums = torch.zeros(12, device=self.trainer.device)
-        self.broken = torch.full((), NEVER, device=self.trainer.device)  # the first step whose loss is not finite
-        self.micro_steps, self.steps, self.utterances = 0, 0, 0
+        self.step = torch.zeros_like(self.sums)  # of the step that is not over yet
+        self.steps, self.broken, self.utterances = 0, 0, 0
         self.started, self.waited = time.monotonic(), self.trainer.waited.seconds
 
     def add(self, losses: dict[str, torch.Tensor], batch: Batch) -> None:
-        self.micro_steps += 1
-        now = self.broken.clamp_max(self.trainer.position.step)
-        self.broken = torch.where(losses["loss"].detach().isfinite(), self.broken, now)
-        self.sums[0] += losses["erc"]
-        self.sums[1] += losses["icl"]
-        self.sums[2] += batch.cut_tokens
-        self.sums[3] += batch.cut_audio
-        self.sums[4] += len(batch.skipped)
+        self.step[0] += losses["erc"]
+        self.step[1] += losses["icl"]
+        self.step[2] += batch.cut_tokens
+        self.step[3] += batch.cut_audio
+        self.step[4] += len(batch.skipped)
         if "statistics" in losses:
             *sizes, positives, negatives, positive, negative = losses["statistics"]
             pairs = [positives, negatives, positive * positives, negative * negatives]
-            self.sums[5:] += torch.stack([*sizes, *pairs])
+            self.step[5:] += torch.stack([*sizes, *pairs])
 
-    def end_step(self, total: int) -> None:
-        self.steps += 1
+    def end_step(self, total: int, taken: bool) -> None:
+        """Of a step that the optimizer did not take only what was cut and skipped is counted."""
+        if not taken:
+            self.broken += 1
+            self.step[:2], self.step[5:] = 0, 0
+        self.sums += self.step
+        self.step.zero_()
+        self.steps += taken
         self.utterances += total
 
     def flush(self) -> None:
         """Means over ranks and steps to the log. Raises UserError where the loss is no longer finite."""
-        if not self.steps:
+        if not self.steps and not self.broken:
             return
         trainer, position = self.trainer, self.trainer.position
         dist.all_reduce(self.sums)
         erc, icl, cut_texts, cut_clips, skipped, *pools = self.sums.tolist()
-        micro_steps = trainer.world_size * self.micro_steps
-        erc, icl = erc / micro_steps, icl / micro_steps
+        micro_steps = trainer.world_size * trainer.division.accumulation * self.steps
+        erc, icl = (erc / micro_steps, icl / micro_steps) if self.steps else (math.nan, math.nan)
         loss = erc + trainer.config.loss.icl_weight * icl
-        if not math.isfinite(loss):
-            dist.all_reduce(self.broken, dist.ReduceOp.MIN)
-            raise trainer.diverged(f"step {int(self.broken)}: the loss is not finite")
+        if self.steps and not math.isfinite(loss):
+            raise trainer.diverged(f"step {position.step} or one before it: the loss is not finite")
         self._count_skipped(int(skipped))
         elapsed = time.monotonic() - self.started
         rate = self.utterances / elapsed
@@ -388,18 +427,19 @@ class _Window:
                 "train",
                 position.step,
                 epoch=position.epoch,
-                loss=loss,
-                loss_erc=erc,
-                loss_icl=icl,
+                loss=loss if self.steps else None,
+                loss_erc=erc if self.steps else None,
+                loss_icl=icl if self.steps else None,
                 learning_rate=trainer.engine.optimizer.param_groups[0]["lr"],
-                gradient_norm=None if norm is None else float(norm),
+                gradient_norm=float(norm) if norm is not None and math.isfinite(norm) else None,
                 utterances_per_second=rate,
                 data_wait=(trainer.waited.seconds - self.waited) / elapsed,
                 peak_memory_gib=peak_memory(),
                 cut_texts=int(cut_texts),
                 cut_clips=int(cut_clips),
                 skipped=int(skipped),
-                **(_pool_figures(pools, micro_steps) if trainer.engine.module.contrast else {}),
+                broken=self.broken,
+                **(_pool_figures(pools, micro_steps) if trainer.engine.module.contrast and self.steps else {}),
             )
         self._clear()
 

@@ -5,6 +5,7 @@ RUN/environment.json   versions and devices       RUN/best/          the chosen 
 RUN/metrics.jsonl      losses and dev scores      RUN/tokenizer/     where the model reads text
 RUN/status             running, finished or stopped
 RUN/tensorboard/           RUN/skipped.jsonl  with data.on_error=skip: what could not be read, and why
+                           RUN/broken.jsonl   utterances of steps whose loss or gradient was not finite
 """
 
 import json
@@ -23,7 +24,7 @@ from jointfuse.errors import UserError
 from jointfuse.evaluate.history import read_metrics
 from jointfuse.train.checkpoint import write_atomically
 
-SKIPPED = "skipped.jsonl"
+SKIPPED, BROKEN = "skipped.jsonl", "broken.jsonl"
 RUNNING, FINISHED, STOPPED_EARLY = "running", "finished", "stopped"
 
 
@@ -69,12 +70,11 @@ def read_status(run: Path) -> str:
         return ""
 
 
-def note_skipped(run: Path, rank: int, step: int, reasons: list[str]) -> None:
-    """Every rank adds its own; a resumed run may name one a second time."""
-    lines = [json.dumps({"step": step, "rank": rank, "why": why}, ensure_ascii=False) + "\n" for why in reasons]
-    if lines:
-        with (run / SKIPPED).open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
+def note(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Every rank adds its own lines; a resumed run may write some a second time."""
+    if rows:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 class MetricsLog:
