@@ -1,80 +1,26 @@
 """Runs that are told to stop, or lose the process that started them."""
 
-import json
 import os
+import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from distributed import run_ranks
+from running import LIMIT, PROGRAM, losses, processes_of, saved_step, started, step_of, until
 from training_fixtures import DROPOUT, corpus, recipe, train
-
-from jointfuse.train.checkpoint import latest_checkpoint
 
 __all__ = ["corpus", "recipe"]
 
 pytestmark = pytest.mark.required
 STEPS = 40
 SETTINGS = (f"train.steps={STEPS}", "data.workers=1", *DROPOUT)
-LIMIT = 120  # seconds for what takes a few
 
 
-def processes_of(run: Path) -> list[int]:
-    """Of launchers, ranks and decoding workers: whoever has the run on its command line."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            if str(run).encode() in entry.read_bytes() and int(entry.parent.name) != os.getpid():
-                found.append(int(entry.parent.name))
-    return found
-
-
-def until(what: str, holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + LIMIT
-    while not holds():
-        assert time.monotonic() < end, what
-        time.sleep(0.05)
-
-
-@contextmanager
-def started(recipe: Path, run: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`jointfuse train` on two ranks in a session of its own; whatever of it is left in the end is killed."""
-    program = Path(sys.executable).parent / "jointfuse"
-    command = [str(program), "train", "--recipe", str(recipe), "--run", str(run), "--ranks", "2", *options, *SETTINGS]
-    with (run.parent / "output").open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-    try:
-        yield process
-    finally:
-        for left in processes_of(run):
-            with suppress(ProcessLookupError):
-                os.kill(left, signal.SIGKILL)
-        process.wait()
-
-
-def step_of(run: Path) -> int:
-    """The last step in the log."""
-    with suppress(FileNotFoundError):
-        rows = (run / "metrics.jsonl").read_text().splitlines()
-        return max((json.loads(row)["step"] for row in rows), default=0)
-    return 0
-
-
-def saved_step(run: Path) -> int:
-    checkpoint = latest_checkpoint(run)
-    assert checkpoint is not None
-    return int(json.loads((checkpoint / "position.json").read_text())["step"])
-
-
-def losses(run: Path) -> dict[int, float]:
-    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+def command(recipe: Path, run: Path, *options: str) -> list[str]:
+    return [PROGRAM, "train", "--recipe", str(recipe), "--run", str(run), "--ranks", "2", *options, *SETTINGS]
 
 
 def test_a_run_that_is_stopped_killed_and_resumed_has_the_losses_of_one_that_never_was(
@@ -82,7 +28,7 @@ def test_a_run_that_is_stopped_killed_and_resumed_has_the_losses_of_one_that_nev
 ) -> None:
     run = tmp_path / "run"
     output = tmp_path / "output"
-    with started(recipe, run) as process:
+    with started(command(recipe, run), run) as process:
         until("ten steps", lambda: process.poll() is not None or step_of(run) >= 10)
         for _ in range(2):
             os.kill(process.pid, signal.SIGUSR2)
@@ -94,12 +40,12 @@ def test_a_run_that_is_stopped_killed_and_resumed_has_the_losses_of_one_that_nev
         assert f"stopped at step {stopped} when asked to" in output.read_text()
         assert (run / "status").read_text() == "stopped\n"
     # The process that a user sees is killed: everything that it had started ends with it.
-    with started(recipe, run, "--resume") as process:
+    with started(command(recipe, run, "--resume"), run) as process:
         until("it goes on", lambda: process.poll() is not None or "resumed at step" in output.read_text())
         until("some steps more", lambda: process.poll() is not None or step_of(run) > stopped)
         os.kill(process.pid, signal.SIGKILL)
         until("nothing is left", lambda: processes_of(run) == [])
-    with started(recipe, run, "--resume") as process:
+    with started(command(recipe, run, "--resume"), run) as process:
         assert process.wait(LIMIT) == 0, output.read_text()
     assert (run / "status").read_text() == "finished\n"
     whole = run_ranks(2, train, tmp_path / "ranks", recipe, tmp_path / "whole", *SETTINGS)[0]
@@ -113,3 +59,28 @@ def test_a_run_that_is_stopped_killed_and_resumed_has_the_losses_of_one_that_nev
         means[step] = np.mean([rows[one] for one in range(last + 1, step + 1)])
         last = step
     np.testing.assert_allclose([found[step] for step in means], list(means.values()), rtol=0, atol=1e-6)
+
+
+def test_a_rank_that_hangs_ends_the_job_and_the_other_says_where(recipe: Path, tmp_path: Path) -> None:
+    run, output = tmp_path / "run", tmp_path / "output"
+    with started([*command(recipe, run), "train.longest_step=6"], run) as process:
+        until("ten steps", lambda: process.poll() is not None or step_of(run) >= 10)
+        ranks = [one for one in processes_of(run) if "RANK=1" in environment_of(one) and is_rank(one)]
+        os.kill(ranks[0], signal.SIGSTOP)
+        assert process.wait(LIMIT) == 1
+        assert processes_of(run) == []
+    assert re.search(
+        r"error: rank 0: step \d+ has taken more than train.longest_step = 6 s: this rank, another one or the network "
+        r"hangs; --resume goes on from the last checkpoint\n",
+        output.read_text(),
+    )
+
+
+def environment_of(process: int) -> list[str]:
+    return Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
+
+
+def is_rank(process: int) -> bool:
+    """And not a decoding process of one."""
+    parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    return "deepspeed.launcher.launch" in Path(f"/proc/{parent}/cmdline").read_text()
