@@ -29,10 +29,9 @@ HOSTS = Path("/etc/hosts")
 MARK = "# test cluster of process"
 
 # What is not the default, and why:
-#   cred_expire          a requeued job stays pending while its old credential lives: 120 s; 5 is the least Slurm takes
-#   SlurmdTimeout        0: a node is down when a test says so, never because the host is busy
-#   KillWait             seconds between TERM and KILL for a job that is cancelled, requeued or out of time
-#   OverSubscribe=FORCE  in the partition `shared` jobs that ask for whole nodes run beside each other
+#   cred_expire    a requeued job stays pending while its old credential lives: 120 s; 5 is the least that Slurm takes
+#   SlurmdTimeout  0: a node is down when a test says so, never because the host is busy
+#   KillWait       seconds between TERM and KILL for a job that is cancelled, requeued or out of time
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -61,8 +60,7 @@ KillWait=10
 MinJobAge=3600
 GresTypes=gpu
 {nodes}
-PartitionName=whole Nodes=ALL Default=YES
-PartitionName=shared Nodes=ALL OverSubscribe=FORCE:8
+PartitionName=all Nodes=ALL Default=YES OverSubscribe=YES
 """
 
 
@@ -92,12 +90,15 @@ class Cluster:
         **options: Any,
     ) -> str:
         """A new job's id. `options` are sbatch's, with `_` for `-` and True for one without a value."""
-        output = "%A_%a.out" if "array" in options else "%j.out"
         given = [
-            f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
-            for name, value in {"output": self.folder / output, **options}.items()
+            f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in options.items()
         ]
-        command = ["sbatch", "--parsable", *given, str(script), *arguments]
+        return self.sbatch(*given, str(script), *arguments, cwd=cwd, environment=environment)
+
+    def sbatch(self, *words: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
+        """A new job's id, from the words of a command line."""
+        output = "%A_%a.out" if any(word.startswith("--array") for word in words) else "%j.out"
+        command = ["sbatch", "--parsable", f"--output={self.folder / output}", *words]
         return self.run(*command, cwd=cwd or self.folder, environment=environment).strip()
 
     def run(self, *command: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
@@ -186,7 +187,7 @@ class Cluster:
 
     def _wait_for_nodes(self, *names: str) -> None:
         def up() -> bool:
-            lines = self.run("sinfo", "--noheader", "--Node", "--partition=whole", "--format=%N %t").splitlines()
+            lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %t").splitlines()
             return all(dict(line.split() for line in lines)[name] in ("idle", "mix", "alloc") for name in names)
 
         self._poll(up, f"{' and '.join(names)} not up")

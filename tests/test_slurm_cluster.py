@@ -17,7 +17,7 @@ HEAD = "#!/bin/bash\n#SBATCH --ntasks-per-node=1 --open-mode=append --requeue\n"
 # Says where it runs and which start this is, then waits for a signal.
 WAITS = """
 srun bash -c 'trap "echo TERM on \\$SLURMD_NODENAME; exit 7" TERM
-    echo "start ${SLURM_RESTART_COUNT:-0} on $SLURMD_NODENAME"; sleep 600 & wait'
+    echo "start ${SLURM_RESTART_COUNT:-0} on $SLURMD_NODENAME"; while true; do sleep 0.1; done'
 echo "srun ended with $?"
 """
 
