@@ -43,7 +43,7 @@ def ranks_of(run: Path) -> list[int]:
 
 def submit(slurm: Cluster, nodes: str, recipe: Path, run: Path, *settings: str) -> str:
     path = os.pathsep.join([str(Path(sys.executable).parent), slurm.environment["PATH"]])
-    arguments = ["--recipe", str(recipe), "--run", str(run), *settings]
+    arguments = ["--recipe", str(recipe), "--run", str(run), "--ranks", "1", *settings]
     return slurm.sbatch(f"--nodes={nodes}", "slurm/train.sbatch", *arguments, cwd=PROJECT, environment={"PATH": path})
 
 

@@ -3,9 +3,7 @@
 import contextlib
 import io
 import json
-import logging
 import os
-import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -17,22 +15,7 @@ import torch
 from jointfuse.config import Config, TrainSettings
 from jointfuse.errors import UserError
 from jointfuse.train.objective import Objective
-
-# DeepSpeed compiles extensions on first use: once, beside the interpreter they are for.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# A rank is asked for its warnings, not for its biography.
-os.environ.setdefault("DS_LOG_LEVEL", "warning")
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-
-import deepspeed  # noqa: E402  (reads the environment above when imported)
-from deepspeed.accelerator import get_accelerator  # noqa: E402
-
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-# DeepSpeed's all-reduce for inference on CPUs: training never calls it, yet it is compiled, and every rank of every run
-# leaves 66 MiB of it in /dev/shm.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+from jointfuse.train.quiet import deepspeed
 
 LONGEST_BUILD = 1800  # seconds
 RECIPE_OWNS = {
@@ -122,7 +105,7 @@ def check_compile(settings: TrainSettings, stage: int) -> None:
 
 def check_precision(ds_config: dict[str, Any], name: str) -> None:
     """Raises UserError where the machine's device cannot train in the file's precision."""
-    accelerator = get_accelerator()
+    accelerator = deepspeed.accelerator.get_accelerator()
     for precision, supported in (("fp16", accelerator.is_fp16_supported()), ("bf16", accelerator.is_bf16_supported())):
         if ds_config.get(precision, {}).get("enabled") and not supported:
             raise UserError(
