@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,11 @@ from jointfuse.train.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from jointfuse.train.engine import check_compile, divide, full_state, read_ds_config, start_engine, zero_stage
+from jointfuse.train.engine import check_compile, divide, full_state, layout, read_ds_config, start_engine
 from jointfuse.train.objective import Objective
 from jointfuse.train.pool import pool_step
 from jointfuse.train.progress import Display, peak_memory
+from jointfuse.train.resize import described
 from jointfuse.train.run_folder import (
     SKIPPED,
     MetricsLog,
@@ -75,10 +76,11 @@ class Trainer:
         settings = config.train
         check_run_folder(run, resume)
         self.division = divide(settings, self.world_size)
-        check_compile(settings, zero_stage(read_ds_config(settings)))
+        self.layout = layout(read_ds_config(settings), self.world_size)
+        check_compile(settings, self.layout.stage)
         checkpoint = latest_checkpoint(run) if resume else None
         self.corpus = open_corpus(config)
-        self.position = Position(world_size=self.world_size, corpus=corpus_digest(self.corpus))
+        self.position = Position(corpus=corpus_digest(self.corpus), **asdict(self.layout))
         if checkpoint:
             self.position = check_resumable(checkpoint, config, self.world_size, self.corpus)
         torch.manual_seed(settings.seed)
@@ -111,7 +113,9 @@ class Trainer:
         self.device = self.engine.device
         self.waited = Waited()
         if checkpoint:
-            load_checkpoint(self.engine, checkpoint)
+            load_checkpoint(self.engine, checkpoint, self.position.layout, self.layout)
+        self.resumed_from = self.position.layout
+        self.position = replace(self.position, **asdict(self.layout))
         self.log = MetricsLog(run, self.position.step) if self.rank == 0 else None
         self.skipped = 0  # utterances of this epoch, of all ranks, since the run was last started
         self.score_name = "weighted_f1" if settings.choose_by == "last" else settings.choose_by
@@ -311,7 +315,10 @@ class Trainer:
             f"{self.config.train.deepspeed} on {self.device.type}"
         )
         if position.step:
-            self.display.line(f"resumed at step {position.step} (epoch {position.epoch + 1}, batch {position.batch})")
+            self.display.line(
+                f"resumed at step {position.step} (epoch {position.epoch + 1}, batch {position.batch})"
+                f"{described(self.resumed_from, self.layout)}"
+            )
 
 
 class _Window:
