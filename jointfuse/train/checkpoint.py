@@ -18,7 +18,7 @@ from jointfuse.config import Config, changed_keys, read_yaml, validate
 from jointfuse.data.mixture import AnyCorpus
 from jointfuse.errors import UserError
 from jointfuse.train.engine import Layout, layout, read_ds_config
-from jointfuse.train.resize import CONVERTIBLE, check_resize, forget_conversion, load_resized
+from jointfuse.train.resize import check_resize, load_resized
 
 # Settings that may differ between a checkpoint and the run that resumes it: none of them changes a
 # number while all utterances can be read, but for the last digits where a step is divided in another way.
@@ -49,7 +49,7 @@ class Position:
     best_score: float = -1.0
     best_step: int = -1
     evaluations_without_better: int = 0
-    world_size: int = 1
+    world_size: int = 1  # this and the next three: the layout of DeepSpeed's files
     stage: int = 0
     precision: str = "float32"
     files: str = ""
@@ -76,7 +76,7 @@ def save_checkpoint(engine: Any, run: Path, position: Position, config: Config) 
         shutil.rmtree(folder / partial, ignore_errors=True)
     dist.barrier()
     # DeepSpeed would write `latest` on rank 0 before the other ranks have finished.
-    engine.save_checkpoint(str(folder), tag=partial, client_state=CONVERTIBLE, save_latest=False)
+    engine.save_checkpoint(str(folder), tag=partial, save_latest=False)
     if first:
         (folder / partial / "position.json").write_text(json.dumps(asdict(position), indent=2) + "\n")
         (folder / partial / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
@@ -134,11 +134,17 @@ def check_resumable(checkpoint: Path, config: Config, world_size: int, corpus: A
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, before: Layout, now: Layout) -> None:
-    """Every rank calls it, after check_resumable. Reads only what this run's own ranks wrote."""
-    if dist.get_rank() == 0:
-        forget_conversion(checkpoint.parent)
+    """Every rank calls it, after check_resumable. Reads only what this run's own ranks wrote.
+
+    Args:
+        before: layout of the checkpoint.
+        now: layout of the engine.
+
+    Raises:
+        UserError: DeepSpeed's files are missing or damaged.
+    """
     if before != now:
-        load_resized(engine, checkpoint, before, now)
+        load_resized(engine, checkpoint, before)
         return
     path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
