@@ -179,11 +179,13 @@ def test_a_corpus_that_was_never_finished_is_named(refused: Refused, recipe: Pat
 def stopped(recipe: Path, corpus: Path, run: Path) -> Path:
     """A run of two ranks that has a checkpoint, as far as anything reads before DeepSpeed does."""
     from jointfuse.train.checkpoint import Position, corpus_digest
+    from jointfuse.train.engine import layout, read_ds_config
 
     config = load_config(str(recipe))
+    written = asdict(layout(read_ds_config(config.train), world_size=2))
     checkpoint = run / "checkpoints" / "step-00000005"
     checkpoint.mkdir(parents=True)
-    position = Position(step=5, batch=5, world_size=2, corpus=corpus_digest(Corpus.open(corpus)))
+    position = Position(step=5, batch=5, corpus=corpus_digest(Corpus.open(corpus)), **written)
     (checkpoint / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
     (checkpoint / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     (run / "checkpoints" / "latest").write_text("step-00000005\n", encoding="utf-8")
@@ -212,10 +214,15 @@ def test_a_run_that_exists_is_not_written_over(refused: Refused, recipe: Path, s
             ["--ranks", 2, "model.blocks=1", "train.seed=3"],
             "was written with model.blocks = 2, this run has 1 and 1 more",
         ),
-        (["--ranks", 3], "was written by 2 ranks, this run has 3; resume with --ranks 2"),
+        (["--ranks", 4], "train.batch = 6 cannot be divided over 4 ranks"),
+        (
+            ["--ranks", 3, "train.deepspeed=zero3_bf16"],
+            "was written in float32, train.deepspeed = 'zero3_bf16' trains in bf16; choose a DeepSpeed file of that "
+            "precision, such as zero2",
+        ),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_by_the_first_key(
+def test_a_checkpoint_of_another_run_is_refused_by_the_first_key_that_cannot_be_converted(
     refused: Refused, recipe: Path, stopped: Path, arguments: list[object], says: str
 ) -> None:
     before = hashes(stopped)

@@ -17,10 +17,12 @@ import torch.distributed as dist
 from jointfuse.config import Config, changed_keys, read_yaml, validate
 from jointfuse.data.mixture import AnyCorpus
 from jointfuse.errors import UserError
+from jointfuse.train.engine import Layout, layout, read_ds_config
+from jointfuse.train.resize import check_resize, load_resized
 from jointfuse.train.writer import Writer
 
 # Settings that may differ between a checkpoint and the run that resumes it: none of them changes a
-# number while all utterances can be read.
+# number while all utterances can be read, but for the last digits where a step is divided in another way.
 FREE = {
     "data.workers",
     "data.corpus",
@@ -30,6 +32,8 @@ FREE = {
     "data.cache_gib",
     "data.on_error",
     "data.most_skipped",
+    "train.deepspeed",
+    "train.micro_batch",
     "train.keep_checkpoints",
     "train.save_async",
     "train.most_broken",
@@ -49,8 +53,15 @@ class Position:
     best_score: float = -1.0
     best_step: int = -1
     evaluations_without_better: int = 0
-    world_size: int = 1
+    world_size: int = 1  # this and the next three: the layout of DeepSpeed's files
+    stage: int = 0
+    precision: str = "float32"
+    files: str = ""
     corpus: str = ""  # digest of corpus.json: the order of utterances is a function of the corpus, wherever it lies
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.world_size, self.stage, self.precision, self.files)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -138,7 +149,8 @@ def check_resumable(checkpoint: Path, config: Config, world_size: int, corpus: A
     """The position in a checkpoint that this run may go on from.
 
     Raises:
-        UserError: the checkpoint was written under other settings, by another number of ranks or on another corpus.
+        UserError: the checkpoint was written under other settings or on another corpus, or it cannot be converted to
+            the layout of this run.
     """
     written = validate(read_yaml(checkpoint / "config.yaml"), str(checkpoint / "config.yaml"))
     changed = {key: values for key, values in changed_keys(written, config).items() if key not in FREE}
@@ -151,20 +163,27 @@ def check_resumable(checkpoint: Path, config: Config, world_size: int, corpus: A
             f"or start a new run"
         )
     position = Position(**json.loads((checkpoint / "position.json").read_text(encoding="utf-8")))
-    if position.world_size != world_size:
-        raise UserError(
-            f"{checkpoint} was written by {position.world_size} ranks, this run has {world_size}; "
-            f"resume with --ranks {position.world_size}"
-        )
     if position.corpus != corpus_digest(corpus):
         raise UserError(
             f"{checkpoint} was written on another corpus than {corpus.path}; resume with the corpus of the run"
         )
+    check_resize(checkpoint, written, position.layout, config, layout(read_ds_config(config.train), world_size))
     return position
 
 
-def load_checkpoint(engine: Any, checkpoint: Path) -> None:
-    """Every rank calls it, after check_resumable. Reads only what this run's own ranks wrote."""
+def load_checkpoint(engine: Any, checkpoint: Path, before: Layout, now: Layout) -> None:
+    """Every rank calls it, after check_resumable. Reads only what this run's own ranks wrote.
+
+    Args:
+        before: layout of the checkpoint.
+        now: layout of the engine.
+
+    Raises:
+        UserError: DeepSpeed's files are missing or damaged.
+    """
+    if before != now:
+        load_resized(engine, checkpoint, before)
+        return
     path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
         raise UserError(f"{checkpoint}: its DeepSpeed state is missing; resume from another checkpoint of the run")

@@ -1,6 +1,7 @@
 """DeepSpeed: its configuration from the recipe's, its optimiser, and a model's parameters gathered back from it."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -88,6 +89,27 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What DeepSpeed's files of a checkpoint depend on; one that was written in another is converted (resize.py)."""
+
+    world_size: int = 1
+    stage: int = 0
+    precision: str = "float32"  # or bf16, fp16
+    files: str = ""  # digest of the DeepSpeed file and the kind of device, which choose between three Adams
+
+    def __str__(self) -> str:
+        return f"{self.world_size} rank{'s' if self.world_size > 1 else ''} ZeRO-{self.stage}"
+
+
+def layout(ds_config: dict[str, Any], world_size: int) -> Layout:
+    """The layout that checkpoints of so many ranks have on this machine."""
+    half = [precision for precision in ("fp16", "bf16") if ds_config.get(precision, {}).get("enabled")]
+    decisive = json.dumps([ds_config, deepspeed.accelerator.get_accelerator().device_name()], sort_keys=True)
+    digest = hashlib.sha256(decisive.encode()).hexdigest()[:16]
+    return Layout(world_size, zero_stage(ds_config), half[0] if half else "float32", digest)
+
+
 def check_compile(settings: TrainSettings, stage: int) -> None:
     """Raises UserError where `train.compile` does not go with other settings."""
     if not settings.compile:
@@ -117,6 +139,7 @@ def check_precision(ds_config: dict[str, Any], name: str) -> None:
 def parameter_groups(objective: Objective, settings: TrainSettings) -> list[dict[str, Any]]:
     """Trainable parameters by part, each part's norms, biases and temperature apart, without weight decay."""
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = defaultdict(list)
+    names = {parameter: name for name, parameter in objective.named_parameters()}
     named = [(part, parameter) for part, _, parameter in objective.network.parts()]
     if objective.trained_temperature is not None:
         named.append(("temperature", objective.trained_temperature))
@@ -133,6 +156,8 @@ def parameter_groups(objective: Objective, settings: TrainSettings) -> list[dict
             "lr": settings.part_lr.get(part, settings.lr),  # type: ignore[call-overload]
             "weight_decay": settings.weight_decay if decays else 0.0,
             "part": part,
+            # A checkpoint of stage 0 knows its Adam's parameters by their order alone.
+            "names": [names[parameter] for parameter in parameters],
         }
         for (part, decays), parameters in groups.items()
     ]

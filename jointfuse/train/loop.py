@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -41,13 +42,14 @@ from jointfuse.train.engine import (
     divide,
     forget_gradients,
     full_state,
+    layout,
     read_ds_config,
     start_engine,
-    zero_stage,
 )
 from jointfuse.train.objective import Objective
 from jointfuse.train.pool import pool_step
 from jointfuse.train.progress import Display, peak_memory
+from jointfuse.train.resize import described
 from jointfuse.train.run_folder import (
     BROKEN,
     FINISHED,
@@ -85,10 +87,11 @@ class Trainer:
         settings = config.train
         check_run_folder(run, resume)
         self.division = divide(settings, self.world_size)
-        check_compile(settings, zero_stage(read_ds_config(settings)))
+        self.layout = layout(read_ds_config(settings), self.world_size)
+        check_compile(settings, self.layout.stage)
         checkpoint = latest_checkpoint(run) if resume else None
         self.corpus = open_corpus(config)
-        self.position = Position(world_size=self.world_size, corpus=corpus_digest(self.corpus))
+        self.position = Position(corpus=corpus_digest(self.corpus), **asdict(self.layout))
         if checkpoint:
             self.position = check_resumable(checkpoint, config, self.world_size, self.corpus)
         torch.manual_seed(settings.seed)
@@ -121,7 +124,9 @@ class Trainer:
         self.device = self.engine.device
         self.waited = Waited()
         if checkpoint:
-            load_checkpoint(self.engine, checkpoint)
+            load_checkpoint(self.engine, checkpoint, self.position.layout, self.layout)
+        self.resumed_from = self.position.layout
+        self.position = replace(self.position, **asdict(self.layout))
         self.log = MetricsLog(run, self.position.step) if self.rank == 0 else None
         self.broken = 0  # steps in a row
         self.skipped = 0  # utterances of this epoch, of all ranks, since the run was last started
@@ -366,7 +371,10 @@ class Trainer:
             f"{self.config.train.deepspeed} on {self.device.type}"
         )
         if position.step:
-            self.display.line(f"resumed at step {position.step} (epoch {position.epoch + 1}, batch {position.batch})")
+            self.display.line(
+                f"resumed at step {position.step} (epoch {position.epoch + 1}, batch {position.batch})"
+                f"{described(self.resumed_from, self.layout)}"
+            )
 
 
 class _Window:
