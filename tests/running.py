@@ -30,7 +30,7 @@ def until(what: str, holds: Callable[[], bool]) -> None:
     end = time.monotonic() + LIMIT
     while not holds():
         assert time.monotonic() < end, what
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 @contextmanager
