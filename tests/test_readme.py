@@ -29,6 +29,7 @@ SHORTER = {
     "deepspeed --num_gpus 2 --module jointfuse.train --recipe demo --run runs/demo data.corpus=corpora/demo": {
         "--recipe demo": f"--recipe demo {FEW}",
     },
+    "jointfuse doctor --run runs/cluster --ranks 2": {},
     "python -m jointfuse.bench icl": {
         "bench icl": "bench icl --rows 64 --width 16 --repeats 1 --only 'jointfuse tiled' --only 'dense torch'"
     },
