@@ -15,7 +15,7 @@ import pytest
 
 from jointfuse.train.checkpoint import latest_checkpoint
 
-LIMIT = 120  # seconds for what takes a few
+LIMIT = 300  # seconds for what takes a few
 PROGRAM = str(Path(sys.executable).parent / "jointfuse")
 
 

@@ -13,7 +13,7 @@ from training_fixtures import DROPOUT, corpus, recipe, train
 
 __all__ = ["corpus", "recipe"]
 
-pytestmark = pytest.mark.required
+pytestmark = [pytest.mark.required, pytest.mark.timeout(1800)]
 STEPS = 40
 SETTINGS = (f"train.steps={STEPS}", "data.workers=1", *DROPOUT)
 

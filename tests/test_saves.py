@@ -15,7 +15,7 @@ from training_fixtures import DROPOUT, corpus, largest_difference, recipe, train
 
 __all__ = ["corpus", "recipe"]
 
-pytestmark = pytest.mark.required
+pytestmark = [pytest.mark.required, pytest.mark.timeout(1800)]
 KILLS = int(os.environ.get("SOAK_SAVES", "3"))  # tools/soak.sh saves
 STEPS = 30 + 4 * KILLS
 SETTINGS = (f"train.steps={STEPS}", "train.save_every=1 step", "train.choose_by=last", *DROPOUT)
@@ -37,7 +37,7 @@ def test_killed_at_any_moment_of_a_save_a_run_goes_on_from_a_whole_checkpoint(re
         command = [sys.executable, "-m", "jointfuse.train", "--recipe", str(recipe), "--run", str(run), *options]
         with started(command, run, OMP_NUM_THREADS="1") as process:
             if number == KILLS:
-                assert process.wait(5 * LIMIT) == 0, (tmp_path / "output").read_text()
+                assert process.wait(2 * LIMIT) == 0, (tmp_path / "output").read_text()
                 break
             target = done + draw.randint(2, 4)
             until("it saves", lambda target=target: newest(run) >= target)

@@ -12,13 +12,15 @@ from running import follows, losses, processes_of, saved_step, step_of, until
 from slurm_cluster import Cluster
 from training_fixtures import DROPOUT, corpus, recipe, train
 
+from jointfuse.train.checkpoint import latest_checkpoint
+
 __all__ = ["corpus", "recipe"]
 
-pytestmark = pytest.mark.required
+pytestmark = [pytest.mark.required, pytest.mark.timeout(1800)]
 PROJECT = Path(__file__).resolve().parents[1]
 STEPS = 40
 SETTINGS = (f"train.steps={STEPS}", "train.save_every=5 steps", "data.workers=1", *DROPOUT)
-LIMIT = 240  # seconds for a start and the steps that are waited for
+LIMIT = 500  # seconds for a start and the steps that are waited for
 
 
 def ranks_of(run: Path) -> list[int]:
@@ -70,6 +72,7 @@ def test_without_its_second_node_a_job_goes_on_with_half_the_ranks(
     settings = (f"train.steps={STEPS}", "train.save_every=5 steps", "train.deepspeed=zero1")
     job = submit(cluster, "1-2", recipe, run, *settings)
     cluster.wait_for(job, rf"step \d+/{STEPS}", limit=LIMIT)
+    until("a checkpoint", lambda: latest_checkpoint(run) is not None)
     assert cluster.job(job)["NumNodes"] == "2"
     cluster.kill_node("nodeB")
     cluster.wait_for(job, r"resumed at step \d+ .*, from 2 ranks ZeRO-1 to 1 rank ZeRO-1", limit=LIMIT)
@@ -88,14 +91,12 @@ def test_out_of_time_and_requeued_a_job_stops_with_a_checkpoint_and_goes_on(
     settings = ("train.steps=400", "train.decay=constant", "train.warmup=0", "train.save_every=1000 steps", *DROPOUT)
     job = submit(cluster, "1", recipe, run, *settings)
     cluster.wait_for(job, r"step \d+/400", limit=LIMIT)
-    # Slurm looks at the clock twice a minute; until it does, the run stands still.
+    # Slurm looks at the clock twice a minute, and wakes whom it warns; until then the run stands still.
     (rank,) = ranks_of(run)
     os.kill(rank, signal.SIGSTOP)
     cluster.run("scontrol", "update", f"jobid={job}", "timelimit=2")
-    until("the warning before the time is up", lambda: is_pending(rank, signal.SIGUSR2))
-    cluster.run("scontrol", "update", f"jobid={job}", "timelimit=UNLIMITED")
-    os.kill(rank, signal.SIGCONT)
     cluster.wait_for(job, r"status 3, to be started again", limit=LIMIT)
+    cluster.run("scontrol", "update", f"jobid={job}", "timelimit=UNLIMITED")
     stopped = saved_step(run)
     cluster.wait_for(job, rf"resumed at step {stopped} ", limit=LIMIT)
     until("five steps more", lambda: step_of(run) >= stopped + 5)
@@ -109,10 +110,3 @@ def test_out_of_time_and_requeued_a_job_stops_with_a_checkpoint_and_goes_on(
     last = max(losses(run))
     whole = run_ranks(1, train, tmp_path / "ranks", recipe, tmp_path / "whole", *settings, f"train.steps={last}")[0]
     follows(losses(run), whole.losses[:, 0], tolerance=1e-6)
-
-
-def is_pending(process: int, number: signal.Signals) -> bool:
-    status = Path(f"/proc/{process}/status").read_text()
-    return any(
-        int(mask, 16) >> (number - 1) & 1 for mask in re.findall(r"^(?:Sig|Shd)Pnd:\s+(\w+)", status, re.MULTILINE)
-    )

@@ -5,5 +5,5 @@
 ruff check .
 ruff format --check .
 mypy
-# Three at a time, a file each: some wait for a cluster, others start up to four ranks.
-python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+# Two at a time, a file each; many of them start up to four ranks.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
