@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -73,6 +73,37 @@ def compare(
     from jointfuse.experiments.modalities import compare_modalities
 
     compare_modalities(recipe, overrides or [], out, ranks, seeds, Console())
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="ranks of a node")] = 1,
+    flops: Annotated[
+        float | None, typer.Option(min=0.001, help="10^12 operations a second of a GPU in large matrix products")
+    ] = None,
+    share: Annotated[float, typer.Option(min=0.01, max=1, help="of that rate, what a whole step reaches")] = 0.5,
+    bandwidth: Annotated[float | None, typer.Option(min=0.001, help="10^9 bytes a second that leave a GPU")] = None,
+    classes: Annotated[int, typer.Option(min=2, help="where data.corpus is not set")] = 7,
+    device: Annotated[Literal["gpu", "cpu"], typer.Option(help="that trains")] = "gpu",
+    out: Annotated[Path | None, typer.Option("--json", help="file for all figures")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Memory, bytes on the wire, time of a step and the contrastive pool, before anything is trained.
+
+    A rate that is not given is measured on this machine.
+    """
+    import json
+
+    from jointfuse.capacity.plan import plan_recipe
+    from jointfuse.capacity.tables import print_plan
+
+    config = load_config(recipe, overrides or [])
+    made = plan_recipe(config, nodes * gpus_per_node, device, classes, flops, bandwidth, share)
+    print_plan(made, Console(width=None if sys.stdout.isatty() else 170))
+    if out:
+        out.write_text(json.dumps(made.as_json(), indent=2) + "\n", encoding="utf-8")
 
 
 @app.command()

@@ -34,6 +34,8 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # leaves 66 MiB of it in /dev/shm.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+PACKAGE = Path(__file__).resolve().parents[1]
+DS_CONFIGS = (PACKAGE / "ds_configs", PACKAGE.parent / "ds_configs")
 LONGEST_BUILD = 1800  # seconds
 RECIPE_OWNS = {
     "train_batch_size": "train.batch",
@@ -73,13 +75,17 @@ def ds_config_path(name: str) -> Path:
     """ds_configs/NAME.json of the project, or a path to any JSON file. Raises UserError if there is none."""
     if name.endswith(".json"):
         return Path(name)
-    package = Path(__file__).resolve().parents[1]
-    folders = [package / "ds_configs", package.parent / "ds_configs"]
-    for folder in folders:
+    for folder in DS_CONFIGS:
         if (folder / f"{name}.json").exists():
             return folder / f"{name}.json"
-    known = sorted(path.stem for folder in folders for path in folder.glob("*.json"))
-    raise UserError(f"train.deepspeed = '{name}': choose one of {', '.join(known)}, or a path to a .json file")
+    raise UserError(
+        f"train.deepspeed = '{name}': choose one of {', '.join(ds_config_names())}, or a path to a .json file"
+    )
+
+
+def ds_config_names() -> list[str]:
+    """The shipped files."""
+    return sorted(path.stem for folder in DS_CONFIGS for path in folder.glob("*.json"))
 
 
 def read_ds_config(settings: TrainSettings) -> dict[str, Any]:
