@@ -19,6 +19,9 @@ app = typer.Typer(
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings as section.key=value", show_default=False)]
 Recipe = Annotated[str, typer.Option(help="a recipe by name, or a path to a .yaml file")]
 Ranks = Annotated[int, typer.Option(min=1, help="processes on this machine, one a GPU")]
+NumberOfNodes = Annotated[int, typer.Option("--nodes", min=1, help="machines; the command runs on each of them")]
+NodeRank = Annotated[int, typer.Option(help="which of them this is, from 0")]
+Master = Annotated[str, typer.Option(help="HOST:PORT at which node 0 is reached", show_default=False)]
 
 
 @app.command()
@@ -26,15 +29,25 @@ def train(
     recipe: Recipe,
     run: Annotated[Path, typer.Option(help="folder of the run, made by this command")],
     ranks: Ranks = 1,
+    nodes: NumberOfNodes = 1,
+    node_rank: NodeRank = 0,
+    master: Master = "",
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run's latest checkpoint")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Train a recipe through the DeepSpeed launcher."""
-    from jointfuse.launch import check_train, launch_training
+    """Train a recipe through the DeepSpeed launcher.
 
+    USR2, TERM or Ctrl-C: every rank saves after the step it is at, and --resume goes on from there. Exit status: 0
+    finished, 2 a mistake in settings or data, 3 stopped when asked to; anything else is a fault.
+    """
+    from jointfuse.interruption import end_when_asked
+    from jointfuse.launch import Nodes, check_train, launch_training
+
+    end_when_asked()
     config = load_config(recipe, overrides or [])
-    check_train(config, run, resume, ranks)
-    raise typer.Exit(launch_training(recipe, overrides or [], run, resume, ranks))
+    placed = Nodes(nodes, node_rank, master)
+    check_train(config, run, resume, ranks * nodes)
+    raise typer.Exit(launch_training(recipe, overrides or [], run, resume, ranks, placed))
 
 
 @app.command("eval")
@@ -104,6 +117,21 @@ def plan(
     print_plan(made, Console(width=None if sys.stdout.isatty() else 170))
     if out:
         out.write_text(json.dumps(made.as_json(), indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path, typer.Option(help="folder of a run, there already or to come")],
+    ranks: Ranks = 1,
+    nodes: NumberOfNodes = 1,
+    node_rank: NodeRank = 0,
+    master: Master = "",
+) -> None:
+    """Look at what a job needs before it starts: versions, devices, connections between nodes, disk."""
+    from jointfuse.doctor import examine
+    from jointfuse.launch import Nodes
+
+    examine(run, ranks, Nodes(nodes, node_rank, master), Console())
 
 
 @app.command()

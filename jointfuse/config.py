@@ -223,6 +223,7 @@ class TrainSettings(Settings):
     evaluate_every: str = "1 epoch"
     save_every: str = "1 epoch"
     keep_checkpoints: Positive = 2
+    save_async: bool = Field(False, description="train on while a checkpoint is written; it takes as much host memory")
     choose_by: Literal["weighted_f1", "macro_f1", "accuracy", "last"] = Field(
         "weighted_f1",
         description="dev score by which the model is chosen; last: the model at the end, where dev is too small",
@@ -242,6 +243,12 @@ class TrainSettings(Settings):
         "none",
         description="what the backward pass computes again: fused blocks and unimodal layers as a whole (block), the "
         "same but for attention (attention), or fused blocks in parts (layer)",
+    )
+    most_broken: Count = Field(
+        5, description="steps in a row whose loss or gradient is not finite; they are skipped, one more ends the run"
+    )
+    longest_step: Rate = Field(
+        1800.0, description="seconds for a step with the evaluation and checkpoint behind it, until the run is given up"
     )
     compile: bool = Field(
         False,

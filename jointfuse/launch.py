@@ -1,16 +1,57 @@
-"""Jobs of several ranks on this machine, started by the DeepSpeed launcher, checked before they start."""
+"""Jobs of several ranks, started by the DeepSpeed launcher on every machine they run on, checked before they start."""
 
 import os
 import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from jointfuse.config import Config
+from jointfuse.errors import UserError
+from jointfuse.interruption import JOB, POLL, STOPPED, Job, shielded
 from jointfuse.ranks import USER_ERROR, free_port
+
+INTERRUPTED = 130  # exit status after a second Ctrl-C
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines of a job, as one of them sees them.
+
+    Args:
+        number: how many there are.
+        rank: which of them this is; 0 <= rank < number.
+        master: HOST:PORT at which node 0 is reached by the others; may be left out where it is alone.
+
+    Raises:
+        UserError: they do not fit together.
+    """
+
+    number: int = 1
+    rank: int = 0
+    master: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.number:
+            raise UserError(f"--node-rank {self.rank}: of {self.number} nodes, one is 0 to {self.number - 1}")
+        host, _, port = self.master.rpartition(":")
+        if (self.master or self.number > 1) and not (host and port.isdecimal()):
+            raise UserError(f"--master {self.master!r}: write HOST:PORT of node 0, where the other nodes reach it")
+
+    @property
+    def address(self) -> tuple[str, str]:
+        host, _, port = (self.master or f"127.0.0.1:{free_port()}").rpartition(":")
+        return host, port
 
 
 def check_train(config: Config, run: Path, resume: bool, ranks: int) -> None:
-    """What can be known to be wrong before any rank starts. Raises UserError."""
+    """What can be known to be wrong before any rank starts. Raises UserError.
+
+    Args:
+        ranks: of all nodes.
+    """
     from jointfuse.train.checkpoint import check_resumable, latest_checkpoint
     from jointfuse.train.engine import check_precision, divide, read_ds_config
     from jointfuse.train.loop import open_corpus
@@ -27,8 +68,19 @@ def check_train(config: Config, run: Path, resume: bool, ranks: int) -> None:
         corpus.split(split)
 
 
-def launch_training(recipe: str, overrides: list[str], run: Path, resume: bool, ranks: int, brief: bool = False) -> int:
-    """Train on `ranks` ranks of this machine. Returns the exit status."""
+def launch_training(
+    recipe: str,
+    overrides: list[str],
+    run: Path,
+    resume: bool,
+    ranks: int,
+    nodes: Nodes = Nodes(),
+    brief: bool = False,
+) -> int:
+    """Train on `ranks` ranks of this machine and as many of each other node. Returns the exit status: 0 finished, 2 a
+    user's mistake, 3 stopped when asked to, with a checkpoint; anything else is a fault."""
+    from jointfuse.train.run_folder import FINISHED, STOPPED_EARLY, read_status
+
     options = [
         "--recipe",
         recipe,
@@ -37,9 +89,13 @@ def launch_training(recipe: str, overrides: list[str], run: Path, resume: bool, 
         *(["--resume"] if resume else []),
         *(["--brief"] if brief else []),
     ]
-    status = launch("jointfuse.train", [*options, *overrides], ranks)
-    if not status and not (run / "finished").exists():
-        # DeepSpeed's launcher answers 0 when the process that watches the ranks was killed.
+    status = launch("jointfuse.train", [*options, *overrides], ranks, nodes, stoppable=True)
+    # The launchers' own exit statuses say too little: 0 where the one that watches the ranks was killed, and of a run
+    # that stopped whichever rank left first.
+    ended = read_status(run)
+    if ended == STOPPED_EARLY and status in (0, STOPPED):
+        return STOPPED
+    if not status and ended != FINISHED:
         print(f"error: {run}: the launcher was killed before the run ended; go on with --resume", file=sys.stderr)
         return 1
     return status
@@ -51,8 +107,17 @@ def launch_evaluation(run: Path, split: str, corpus: str | None, ranks: int) -> 
     return launch("jointfuse.evaluate", [str(run), *options], ranks)
 
 
-def launch(module: str, arguments: list[str], ranks: int) -> int:
-    """`python -m MODULE ARGUMENTS` as `ranks` ranks of this machine.
+def launch(
+    module: str,
+    arguments: list[str],
+    ranks: int,
+    nodes: Nodes = Nodes(),
+    stoppable: bool = False,
+) -> int:
+    """`python -m MODULE ARGUMENTS` as `ranks` ranks of this machine and as many of each other node.
+
+    Args:
+        stoppable: its ranks listen (interruption.py): signals that this process receives are theirs.
 
     Returns:
         The exit status: 0, 2 for a user's mistake, anything else for a fault.
@@ -66,16 +131,40 @@ def launch(module: str, arguments: list[str], ranks: int) -> int:
     # The launcher looks for ninja and for itself on the PATH, where a virtual environment that is not active is not.
     scripts = Path(sys.executable).parent
     environment["PATH"] = f"{scripts}{os.pathsep}{environment.get('PATH', '')}"
-    command = [
-        *(sys.executable, str(scripts / "deepspeed"), "--num_gpus", str(ranks)),
-        *("--master_addr", "127.0.0.1", "--master_port", str(free_port())),
-        *("--log_level", "critical", "--module", module, *arguments),
-    ]
-    status = subprocess.run(command, env=environment, check=False).returncode
-    if status not in (0, 1, USER_ERROR):  # those ranks have said why
+    host, port = nodes.address
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jointfuse-")))
+        where = ["--num_gpus", str(ranks)]
+        if nodes.number > 1:
+            (folder / "hostfile").write_text("".join(f"node{n} slots={ranks}\n" for n in range(nodes.number)))
+            where = ["--hostfile", str(folder / "hostfile"), "--no_ssh", "--node_rank", str(nodes.rank)]
+        command = [
+            *(sys.executable, str(scripts / "deepspeed"), *where, "--master_addr", host, "--master_port", port),
+            *("--log_level", "critical", "--module", module, *arguments),
+        ]
+        if stoppable:
+            (folder / "job").mkdir()
+            status, interrupted = _watched(command, environment | {JOB: str(folder / "job")}, folder / "job")
+            if interrupted:
+                return INTERRUPTED
+        else:
+            status = subprocess.run(command, env=environment, check=False).returncode
+    if status not in (0, 1, USER_ERROR, STOPPED):  # those ranks have said why
         print(
             f"error: a rank of {module} was killed (exit status {status}); if memory ran out, use more ranks or a "
             f"smaller train.micro_batch",
             file=sys.stderr,
         )
     return status
+
+
+def _watched(command: list[str], environment: dict[str, str], folder: Path) -> tuple[int, bool]:
+    """Exit status of a launcher, and whether it was ended by a second Ctrl-C."""
+    with Job(folder) as job:
+        with shielded():
+            launcher = subprocess.Popen(command, env=environment)
+        while True:
+            try:
+                return launcher.wait(POLL), job.interrupts > 1
+            except subprocess.TimeoutExpired:
+                job.forward()

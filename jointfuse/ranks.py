@@ -8,17 +8,22 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from jointfuse.errors import UserError
+from jointfuse.interruption import FAULT, STOPPED
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 USER_ERROR = 2  # exit status
+LOST = 15  # seconds
 
 
-def rank_main(work: Callable[[], None]) -> None:
-    """Join the other ranks, do `work`, leave. A UserError ends the process with one line and exit status 2."""
+def rank_main(work: Callable[[], bool]) -> None:
+    """Join the other ranks, do `work`, leave.
+
+    A UserError ends the process with one line and exit status 2, work that answers False (it was stopped) with 3.
+    """
     rank = int(os.environ.get("RANK", "0"))
     try:
         _join()
-        work()
+        done = work()
     except (UserError, OSError) as error:
         if rank:
             # Mostly every rank finds the same fault: rank 0 says it, and its exit ends the others before they do.
@@ -27,11 +32,21 @@ def rank_main(work: Callable[[], None]) -> None:
         # Without tearing down: the other ranks may be inside a collective that will not end.
         os._exit(USER_ERROR)
     except RuntimeError as error:
-        if _means_a_lost_peer(error):
-            # The rank that failed has said why, and the launcher ends this one: no stack trace has the last word.
-            time.sleep(30)
-        raise
+        if not _means_a_lost_peer(error):
+            raise
+        # The rank that failed has said why, and on its machine the launcher ends this one.
+        time.sleep(LOST)
+        print(
+            f"error: rank {rank}: another rank has gone or hangs ({str(error).splitlines()[0]}); its own last line "
+            "says why, and --resume goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(FAULT)
     _leave()
+    if not done:
+        # What still runs here are decoding workers, which nobody waits for.
+        os._exit(STOPPED)
 
 
 def _means_a_lost_peer(error: RuntimeError) -> bool:
@@ -49,8 +64,8 @@ def _join() -> None:
         os.environ.setdefault("MASTER_PORT", str(free_port()))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+    elif "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: without a GPU they are interpreted
 
 if TYPE_CHECKING:
+    from slurm_cluster import Cluster
+
     from jointfuse.data.shards import Corpus
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -68,3 +71,18 @@ def gapped_corpus(tmp_path_factory: pytest.TempPathFactory) -> "Corpus":
     from helpers import build_corpus
 
     return build_corpus(tmp_path_factory.mktemp("gapped") / "corpus", gaps=("text", "clip"))
+
+
+@pytest.fixture(scope="session")
+def running_cluster() -> Iterator["Cluster"]:
+    from slurm_cluster import slurm_cluster
+
+    with slurm_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(running_cluster: "Cluster") -> Iterator["Cluster"]:
+    """A Slurm cluster of two nodes without jobs; the same one for all tests."""
+    yield running_cluster
+    running_cluster.clear()

@@ -179,11 +179,13 @@ def test_a_corpus_that_was_never_finished_is_named(refused: Refused, recipe: Pat
 def stopped(recipe: Path, corpus: Path, run: Path) -> Path:
     """A run of two ranks that has a checkpoint, as far as anything reads before DeepSpeed does."""
     from jointfuse.train.checkpoint import Position, corpus_digest
+    from jointfuse.train.engine import layout, read_ds_config
 
     config = load_config(str(recipe))
+    written = asdict(layout(read_ds_config(config.train), world_size=2))
     checkpoint = run / "checkpoints" / "step-00000005"
     checkpoint.mkdir(parents=True)
-    position = Position(step=5, batch=5, world_size=2, corpus=corpus_digest(Corpus.open(corpus)))
+    position = Position(step=5, batch=5, corpus=corpus_digest(Corpus.open(corpus)), **written)
     (checkpoint / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
     (checkpoint / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     (run / "checkpoints" / "latest").write_text("step-00000005\n", encoding="utf-8")
@@ -212,10 +214,15 @@ def test_a_run_that_exists_is_not_written_over(refused: Refused, recipe: Path, s
             ["--ranks", 2, "model.blocks=1", "train.seed=3"],
             "was written with model.blocks = 2, this run has 1 and 1 more",
         ),
-        (["--ranks", 3], "was written by 2 ranks, this run has 3; resume with --ranks 2"),
+        (["--ranks", 4], "train.batch = 6 cannot be divided over 4 ranks"),
+        (
+            ["--ranks", 3, "train.deepspeed=zero3_bf16"],
+            "was written in float32, train.deepspeed = 'zero3_bf16' trains in bf16; choose a DeepSpeed file of that "
+            "precision, such as zero2",
+        ),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_by_the_first_key(
+def test_a_checkpoint_of_another_run_is_refused_by_the_first_key_that_cannot_be_converted(
     refused: Refused, recipe: Path, stopped: Path, arguments: list[object], says: str
 ) -> None:
     before = hashes(stopped)
@@ -257,7 +264,7 @@ def everything_wrong(recipe: Path, cases: dict[str, list[str]], folder: Path) ->
             answers[name] = (str(error), run.exists())
         dist.barrier()
     try:
-        train(recipe, folder / "nan", "train.lr=1e30")
+        train(recipe, folder / "nan", "train.lr=1e30", "train.most_broken=0")
     except UserError as error:
         answers["nan"] = (str(error), False)
     return answers
@@ -315,12 +322,13 @@ def test_every_rank_says_the_same_line_and_nothing_is_written(
 
 def test_a_loss_that_is_not_a_number_ends_the_run_on_every_rank(answers: list[dict[str, tuple[str, bool]]]) -> None:
     for rank in answers:
-        assert rank["nan"][0].startswith("step 2: ")
+        assert rank["nan"][0].startswith("step 2: the loss or its gradient was not finite in a step; ")
         assert "; lower train.lr, or check the corpus with tools/verify_shards.py" in rank["nan"][0]
 
 
 def test_a_program_whose_loss_is_not_a_number_ends_with_one_line_and_status_2(recipe: Path, run: Path) -> None:
-    command = [sys.executable, "-m", "jointfuse.train", "--recipe", str(recipe), "--run", str(run), "train.lr=1e30"]
+    command = [sys.executable, "-m", "jointfuse.train", "--recipe", str(recipe), "--run", str(run)]
+    command += ["train.lr=1e30", "train.most_broken=0"]
     ended = run_program(command)
     assert ended.returncode == 2, ended.stderr
     assert the_line(ended.stderr).startswith("step 2: ")

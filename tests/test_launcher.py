@@ -58,7 +58,7 @@ def test_the_command_trains_on_two_ranks_and_only_the_first_one_speaks(recipe: P
     for line, pattern in zip(said, expected, strict=True):
         assert re.fullmatch(pattern, line), line
     made = {path.name for path in run.iterdir()}
-    assert made >= {"best", "checkpoints", "config.yaml", "environment.json", "finished", "metrics.jsonl", "tokenizer"}
+    assert made >= {"best", "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "status", "tokenizer"}
     assert json.loads((run / "environment.json").read_text(encoding="utf-8"))["ranks"] == 2
     assert in_shared_memory() == before, "what a run leaves there is lost to the machine until it starts anew"
 
@@ -84,7 +84,7 @@ def test_a_rank_that_fails_alone_ends_the_job_with_its_line(recipe: Path, corpus
     ended = run_program([*command, "--ranks", "2", f"data.corpus={copied}", "data.workers=1"], environment=BARE)
     assert ended.returncode == 2, ended.stdout
     assert re.fullmatch(rf"error: rank 1: .*{key} at byte \d+ cannot be read \(.*\); .*\n", ended.stderr), ended.stderr
-    assert not (tmp_path / "run" / "finished").exists()
+    assert (tmp_path / "run" / "status").read_text() == "running\n"
 
 
 # ------------------------------------------------------------------------- endings that DeepSpeed's launcher blurs

@@ -56,7 +56,8 @@ def every_run(recipe: Path, folder: Path) -> tuple[Runs, dict[str, list[str]]]:
     runs: Runs = {}
     left: dict[str, list[str]] = {}
     for name in NAMES:
-        settings = (f"train.deepspeed={name}", f"data.workers={int(name == 'zero0_bf16')}", *SETTINGS)
+        plain = name == "zero0_bf16"
+        settings = (f"train.deepspeed={name}", f"data.workers={int(plain)}", f"train.save_async={not plain}", *SETTINGS)
         runs["straight", name] = train(recipe, folder / name, *settings)
         left[name] = die_while_saving(recipe, folder / f"again-{name}", 6, *settings)
         runs["resumed", name] = train(recipe, folder / f"again-{name}", *settings, resume=True)

@@ -317,5 +317,5 @@ def test_intervals_may_be_counted_in_epochs(cases: dict[str, Any], folder: Path)
 def test_a_run_out_of_patience_stops_early(cases: dict[str, Any], folder: Path) -> None:
     position = cases["patient"].position
     assert (position["best_step"], position["step"]) == (2, 6), "two evaluations without a better one, of 20 steps"
-    assert (folder / "patient" / "finished").exists()
+    assert (folder / "patient" / "status").read_text() == "finished\n"
     assert checkpoints(folder / "patient") == ["step-00000006"]

@@ -5,4 +5,5 @@
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# Two processes at most: each of them starts up to four ranks.
+python -m pytest -n 2 --dist loadfile "$@"

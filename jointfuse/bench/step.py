@@ -102,8 +102,8 @@ class Losses:
     def add(self, losses: dict[str, torch.Tensor], batch: Batch) -> None:
         self.last = losses["loss"].detach().float()
 
-    def end_step(self, total: int) -> None:
-        pass
+    def end_step(self, total: int, taken: bool) -> None:
+        assert taken
 
 
 def _measure(settings: str, steps: int, folder: str, profile: Path | None) -> dict[str, Any]:

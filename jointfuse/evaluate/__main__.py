@@ -14,10 +14,11 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     chosen = parser.parse_args()
 
-    def work() -> None:
+    def work() -> bool:
         from jointfuse.evaluate.run import evaluate_run
 
         evaluate_run(chosen.run, chosen.split, chosen.corpus)
+        return True
 
     rank_main(work)
 

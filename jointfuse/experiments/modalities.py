@@ -13,6 +13,7 @@ from jointfuse.errors import UserError
 from jointfuse.evaluate.metrics import HEADLINES, summary_table
 from jointfuse.evaluate.report import write_comparison
 from jointfuse.evaluate.run import evaluate_run
+from jointfuse.interruption import STOPPED
 from jointfuse.launch import check_train, launch_training
 
 MODALITIES = {"text": "text", "audio": "audio", "both": "text + audio"}
@@ -32,6 +33,7 @@ def compare_modalities(
         UserError: bad settings, or a training that failed.
     """
     from jointfuse.train.loop import open_corpus
+    from jointfuse.train.run_folder import FINISHED, read_status
 
     open_corpus(load_config(recipe, overrides)).split("test")  # missing, it would be noticed only after a training
     scores: dict[str, list[dict[str, Any]]] = {name: [] for name in MODALITIES}
@@ -40,12 +42,15 @@ def compare_modalities(
         for modality, title in MODALITIES.items():
             run = out / f"{modality}-seed{seed}"
             settings = [*overrides, f"model.modality={modality}", f"train.seed={seed}"]
-            if not (run / "finished").exists():
+            if read_status(run) != FINISHED:
                 console.rule(f"{title}, seed {seed}")
                 resume = (run / "config.yaml").exists()
                 started = time.monotonic()
                 check_train(load_config(recipe, settings), run, resume, ranks)
-                if launch_training(recipe, settings, run, resume, ranks, brief=True):
+                status = launch_training(recipe, settings, run, resume, ranks, brief=True)
+                if status == STOPPED:
+                    raise UserError(f"{run}: stopped when asked to; the same command goes on from there")
+                if status:
                     raise UserError(f"{run}: training failed, see the lines above; the same command goes on from there")
                 seconds[run.name] = round(time.monotonic() - started, 1)
             scores[modality].append(evaluate_run(run, "test"))

@@ -25,10 +25,6 @@ NORM_FLOOR = 1e-12  # a row of zeros stays one, and gets no gradient
 PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class DivergedError(ValueError):
-    """Features or a temperature of which no loss can be taken: in training, mostly a model that has diverged."""
-
-
 class Statistics(NamedTuple):
     """What a pool was like; the same on every rank. Similarities are those of features, before the temperature."""
 
@@ -178,8 +174,13 @@ def contrast(
     backend: str = "auto",
     queue: Queue | None = None,
     known: Known | None = None,
+    finite: bool = True,
 ) -> tuple[torch.Tensor, Statistics, Queue]:
-    """`inter_class_contrastive_loss`, what its pool was like, and the pool's rows, which a queue may take."""
+    """`inter_class_contrastive_loss`, what its pool was like, and the pool's rows, which a queue may take.
+
+    Args:
+        finite: raise where features or temperature are not; else the loss is not either.
+    """
     if known is not None:
         assert valid is None
         assert known.sizes[group_rank(group)] == len(features)
@@ -188,7 +189,7 @@ def contrast(
         fault = _fault(features, labels, temperature, valid)
         if fault is None and valid is not None:
             features, labels = features[valid], labels[valid]
-        sizes = _agree(features, temperature, fault, group_rank(group), group)
+        sizes = _agree(features, temperature, fault, finite, group_rank(group), group)
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     if isinstance(temperature, torch.Tensor):
         tau = temperature.reshape(1).to(dtype)
@@ -223,6 +224,7 @@ def _agree(
     features: torch.Tensor,
     temperature: torch.Tensor | float,
     fault: str | None,
+    finite: bool,
     rank: int,
     group: dist.ProcessGroup | None,
 ) -> list[int]:
@@ -242,13 +244,13 @@ def _agree(
         whose = "" if len(every) == 1 else f" of rank {other}"
         if n < 0:
             raise ValueError(f"rank {other} cannot take part in the contrastive loss: its own message says why")
-        if not tau > 0 or math.isinf(tau):
-            raise DivergedError(f"temperature must be positive and finite, got {tau}{whose}")
-        if first < n:
-            raise DivergedError(f"features{whose}: row {int(first)} is not finite (rows that are not valid left out)")
+        if finite and (not tau > 0 or math.isinf(tau)):
+            raise ValueError(f"temperature must be positive and finite, got {tau}{whose}")
+        if finite and first < n:
+            raise ValueError(f"features{whose}: row {int(first)} is not finite (rows that are not valid left out)")
     for what, column in (("widths", 1), ("precisions", 4), ("temperatures", 3)):
         found = [numbers[column] for numbers in every]
-        if len(set(found)) > 1:
+        if len(set(found)) > 1 and not all(map(math.isnan, found)):
             shown = [PRECISIONS[int(number)] if column == 4 else f"{number:g}" for number in found]
             raise ValueError(f"the ranks disagree: their {what} are {', '.join(map(str, shown))}")
     return [int(numbers[0]) for numbers in every]
@@ -367,7 +369,8 @@ class InterClassContrastiveLoss(nn.Module):
         valid: torch.Tensor | None = None,
         known: Known | None = None,
     ) -> torch.Tensor:
-        """features (n, D), labels (n,), valid (n,) -> this rank's share of L. In training, the queue moves on."""
+        """features (n, D), labels (n,), valid (n,) -> this rank's share of L. In training, the queue moves on, and what
+        is not finite comes out as a loss that is not."""
         queue = None
         if self.queue:
             if self._filled is None:
@@ -384,6 +387,7 @@ class InterClassContrastiveLoss(nn.Module):
             backend=self.backend,
             queue=queue,
             known=known,
+            finite=not self.training,
         )
         if queue is not None and self.training:
             self._enqueue(rows, queue)
@@ -392,7 +396,9 @@ class InterClassContrastiveLoss(nn.Module):
     @torch.no_grad()
     def _enqueue(self, rows: Queue, past: Queue) -> None:
         """The newest Q rows stay, newest first."""
-        features = torch.cat([rows.features.to(past.features.dtype), past.features])[: self.queue]
+        # Of a step that is going to be skipped nothing that is not a number may stay.
+        newest = rows.features.to(past.features.dtype).nan_to_num(0.0, 0.0, 0.0)
+        features = torch.cat([newest, past.features])[: self.queue]
         self.past_features[: len(features)] = features
         self.past_labels[: len(features)] = torch.cat([rows.labels, past.labels])[: self.queue]
         self.past_rows.fill_(len(features))

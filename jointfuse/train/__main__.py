@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from jointfuse.config import load_config
+from jointfuse.interruption import listen
 from jointfuse.ranks import rank_main
 
 
@@ -20,14 +21,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="settings, as section.key=value")
     chosen = parser.parse_intermixed_args(arguments)
 
-    def work() -> None:
+    asked = listen()
+
+    def work() -> bool:
         from jointfuse.train.loop import Trainer
 
         config = load_config(chosen.recipe, chosen.overrides)
-        trainer = Trainer(config, chosen.run, chosen.resume)
+        trainer = Trainer(config, chosen.run, chosen.resume, asked)
         if not chosen.brief and trainer.rank == 0:
             print(config.to_yaml(), flush=True)
-        trainer.train()
+        return trainer.train()
 
     rank_main(work)
 

@@ -17,9 +17,12 @@ import torch.distributed as dist
 from jointfuse.config import Config, changed_keys, read_yaml, validate
 from jointfuse.data.mixture import AnyCorpus
 from jointfuse.errors import UserError
+from jointfuse.train.engine import Layout, layout, read_ds_config
+from jointfuse.train.resize import check_resize, load_resized
+from jointfuse.train.writer import Writer
 
 # Settings that may differ between a checkpoint and the run that resumes it: none of them changes a
-# number while all utterances can be read.
+# number while all utterances can be read, but for the last digits where a step is divided in another way.
 FREE = {
     "data.workers",
     "data.corpus",
@@ -29,7 +32,12 @@ FREE = {
     "data.cache_gib",
     "data.on_error",
     "data.most_skipped",
+    "train.deepspeed",
+    "train.micro_batch",
     "train.keep_checkpoints",
+    "train.save_async",
+    "train.most_broken",
+    "train.longest_step",
     "train.save_every",
     "recipe",
 }
@@ -45,39 +53,80 @@ class Position:
     best_score: float = -1.0
     best_step: int = -1
     evaluations_without_better: int = 0
-    world_size: int = 1
+    world_size: int = 1  # this and the next three: the layout of DeepSpeed's files
+    stage: int = 0
+    precision: str = "float32"
+    files: str = ""
     corpus: str = ""  # digest of corpus.json: the order of utterances is a function of the corpus, wherever it lies
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.world_size, self.stage, self.precision, self.files)
 
 
 def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 
-def save_checkpoint(engine: Any, run: Path, position: Position, config: Config) -> None:
-    """Every rank calls it; older checkpoints than `train.keep_checkpoints` go once the new one is named."""
-    folder = run / "checkpoints"
-    name = f"step-{position.step:08d}"
-    partial = f".{name}.partial"
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(folder / partial, ignore_errors=True)
-    dist.barrier()
-    # DeepSpeed would write `latest` on rank 0 before the other ranks have finished.
-    engine.save_checkpoint(str(folder), tag=partial, save_latest=False)
-    if first:
-        (folder / partial / "position.json").write_text(json.dumps(asdict(position), indent=2) + "\n")
-        (folder / partial / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    dist.barrier()
-    if first:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(folder / partial, folder / name)
-        write_atomically(folder / "latest", name + "\n")
-        complete = sorted(path for path in folder.glob("step-*"))
-        for old in complete[: -config.train.keep_checkpoints]:
-            shutil.rmtree(old)
-    dist.barrier()
+class Checkpoints:
+    """The checkpoints that a run writes; every rank calls every method.
+
+    Args:
+        engine: of DeepSpeed; its files are written by a Writer from now on.
+        run: folder of the run.
+    """
+
+    def __init__(self, engine: Any, run: Path, config: Config) -> None:
+        self.engine, self.folder, self.config = engine, run / "checkpoints", config
+        self.writer = engine.checkpoint_engine = Writer(config.train.save_async)
+        self.first = dist.get_rank() == 0
+        self._begun: str | None = None
+        if self.first:
+            for partial in self.folder.glob(".step-*.partial"):  # of a run that died while it saved
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def save(self, position: Position) -> None:
+        """Begin a checkpoint, and end it too unless `train.save_async`.
+
+        Raises:
+            OSError: it cannot be written; the one before it is untouched.
+        """
+        self.finish()
+        name = f"step-{position.step:08d}"
+        partial = self.folder / f".{name}.partial"
+        # DeepSpeed would write `latest` on rank 0 before the other ranks have finished.
+        self.engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
+        if self.first:
+            write_atomically(partial / "position.json", json.dumps(asdict(position), indent=2) + "\n")
+            write_atomically(partial / "config.yaml", self.config.to_yaml())
+        self._begun = name
+        if not self.config.train.save_async:
+            self.finish()
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank has files to write still."""
+        return self.writer.busy
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that was begun last and name it; older ones than `train.keep_checkpoints` go then."""
+        if self._begun is None:
+            return
+        self.writer.finish()
+        dist.barrier()
+        name, self._begun = self._begun, None
+        if self.first:
+            shutil.rmtree(self.folder / name, ignore_errors=True)  # of steps that a resumed run does again
+            os.replace(self.folder / f".{name}.partial", self.folder / name)
+            write_atomically(self.folder / "latest", name + "\n")
+            for old in sorted(self.folder.glob("step-*"))[: -self.config.train.keep_checkpoints]:
+                shutil.rmtree(old)
+        dist.barrier()
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -100,7 +149,8 @@ def check_resumable(checkpoint: Path, config: Config, world_size: int, corpus: A
     """The position in a checkpoint that this run may go on from.
 
     Raises:
-        UserError: the checkpoint was written under other settings, by another number of ranks or on another corpus.
+        UserError: the checkpoint was written under other settings or on another corpus, or it cannot be converted to
+            the layout of this run.
     """
     written = validate(read_yaml(checkpoint / "config.yaml"), str(checkpoint / "config.yaml"))
     changed = {key: values for key, values in changed_keys(written, config).items() if key not in FREE}
@@ -113,20 +163,27 @@ def check_resumable(checkpoint: Path, config: Config, world_size: int, corpus: A
             f"or start a new run"
         )
     position = Position(**json.loads((checkpoint / "position.json").read_text(encoding="utf-8")))
-    if position.world_size != world_size:
-        raise UserError(
-            f"{checkpoint} was written by {position.world_size} ranks, this run has {world_size}; "
-            f"resume with --ranks {position.world_size}"
-        )
     if position.corpus != corpus_digest(corpus):
         raise UserError(
             f"{checkpoint} was written on another corpus than {corpus.path}; resume with the corpus of the run"
         )
+    check_resize(checkpoint, written, position.layout, config, layout(read_ds_config(config.train), world_size))
     return position
 
 
-def load_checkpoint(engine: Any, checkpoint: Path) -> None:
-    """Every rank calls it, after check_resumable. Reads only what this run's own ranks wrote."""
+def load_checkpoint(engine: Any, checkpoint: Path, before: Layout, now: Layout) -> None:
+    """Every rank calls it, after check_resumable. Reads only what this run's own ranks wrote.
+
+    Args:
+        before: layout of the checkpoint.
+        now: layout of the engine.
+
+    Raises:
+        UserError: DeepSpeed's files are missing or damaged.
+    """
+    if before != now:
+        load_resized(engine, checkpoint, before)
+        return
     path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
         raise UserError(f"{checkpoint}: its DeepSpeed state is missing; resume from another checkpoint of the run")

@@ -1,11 +1,10 @@
 """DeepSpeed: its configuration from the recipe's, its optimiser, and a model's parameters gathered back from it."""
 
 import contextlib
+import hashlib
 import io
 import json
-import logging
 import os
-import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -17,22 +16,7 @@ import torch
 from jointfuse.config import Config, TrainSettings
 from jointfuse.errors import UserError
 from jointfuse.train.objective import Objective
-
-# DeepSpeed compiles extensions on first use: once, beside the interpreter they are for.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# A rank is asked for its warnings, not for its biography.
-os.environ.setdefault("DS_LOG_LEVEL", "warning")
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-
-import deepspeed  # noqa: E402  (reads the environment above when imported)
-from deepspeed.accelerator import get_accelerator  # noqa: E402
-
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-# DeepSpeed's all-reduce for inference on CPUs: training never calls it, yet it is compiled, and every rank of every run
-# leaves 66 MiB of it in /dev/shm.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+from jointfuse.train.quiet import deepspeed
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DS_CONFIGS = (PACKAGE / "ds_configs", PACKAGE.parent / "ds_configs")
@@ -111,6 +95,27 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What DeepSpeed's files of a checkpoint depend on; one that was written in another is converted (resize.py)."""
+
+    world_size: int = 1
+    stage: int = 0
+    precision: str = "float32"  # or bf16, fp16
+    files: str = ""  # digest of the DeepSpeed file and the kind of device, which choose between three Adams
+
+    def __str__(self) -> str:
+        return f"{self.world_size} rank{'s' if self.world_size > 1 else ''} ZeRO-{self.stage}"
+
+
+def layout(ds_config: dict[str, Any], world_size: int) -> Layout:
+    """The layout that checkpoints of so many ranks have on this machine."""
+    half = [precision for precision in ("fp16", "bf16") if ds_config.get(precision, {}).get("enabled")]
+    decisive = json.dumps([ds_config, deepspeed.accelerator.get_accelerator().device_name()], sort_keys=True)
+    digest = hashlib.sha256(decisive.encode()).hexdigest()[:16]
+    return Layout(world_size, zero_stage(ds_config), half[0] if half else "float32", digest)
+
+
 def check_compile(settings: TrainSettings, stage: int) -> None:
     """Raises UserError where `train.compile` does not go with other settings."""
     if not settings.compile:
@@ -128,7 +133,7 @@ def check_compile(settings: TrainSettings, stage: int) -> None:
 
 def check_precision(ds_config: dict[str, Any], name: str) -> None:
     """Raises UserError where the machine's device cannot train in the file's precision."""
-    accelerator = get_accelerator()
+    accelerator = deepspeed.accelerator.get_accelerator()
     for precision, supported in (("fp16", accelerator.is_fp16_supported()), ("bf16", accelerator.is_bf16_supported())):
         if ds_config.get(precision, {}).get("enabled") and not supported:
             raise UserError(
@@ -140,6 +145,7 @@ def check_precision(ds_config: dict[str, Any], name: str) -> None:
 def parameter_groups(objective: Objective, settings: TrainSettings) -> list[dict[str, Any]]:
     """Trainable parameters by part, each part's norms, biases and temperature apart, without weight decay."""
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = defaultdict(list)
+    names = {parameter: name for name, parameter in objective.named_parameters()}
     named = [(part, parameter) for part, _, parameter in objective.network.parts()]
     if objective.trained_temperature is not None:
         named.append(("temperature", objective.trained_temperature))
@@ -156,6 +162,8 @@ def parameter_groups(objective: Objective, settings: TrainSettings) -> list[dict
             "lr": settings.part_lr.get(part, settings.lr),  # type: ignore[call-overload]
             "weight_decay": settings.weight_decay if decays else 0.0,
             "part": part,
+            # A checkpoint of stage 0 knows its Adam's parameters by their order alone.
+            "names": [names[parameter] for parameter in parameters],
         }
         for (part, decays), parameters in groups.items()
     ]
@@ -204,6 +212,8 @@ def start_engine(objective: Objective, config: Config, division: Division) -> An
     }
     forget_dead_builds(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
     optimizer = _optimizer(parameter_groups(objective, settings), settings, ds_config)
+    if zero_stage(ds_config) == 0:
+        optimizer.register_step_pre_hook(_skip_what_is_not_finite)
     rates = [group["lr"] for group in optimizer.param_groups]
     half = any(ds_config.get(precision, {}).get("enabled") for precision in ("fp16", "bf16"))
     wrapped = half and zero_stage(ds_config) == 0
@@ -218,6 +228,24 @@ def start_engine(objective: Objective, config: Config, division: Division) -> An
             group["lr"] = rate
         engine.optimizer.optimizer.state.clear()  # nor does Adam count that step
     return engine
+
+
+def _skip_what_is_not_finite(optimizer: Any, *_: Any) -> None:
+    """As DeepSpeed does in all its other optimizers: the step is none, and `overflow` says so."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    optimizer.overflow = bool(gradients) and not bool(torch.stack(norms).isfinite().all())
+    if optimizer.overflow:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def forget_gradients(engine: Any) -> None:
+    """After a step that the optimizer has refused: ZeRO-3 would find what was not finite again in the next one."""
+    kept = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    if kept is not None:
+        kept.zero_()
 
 
 def full_state(engine: Any) -> dict[str, torch.Tensor]:

@@ -2,12 +2,12 @@
 
 import hashlib
 import math
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,33 +26,44 @@ from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
 from jointfuse.evaluate.metrics import HEADLINES, score
 from jointfuse.evaluate.predict import predict
-from jointfuse.losses import DivergedError
 from jointfuse.model.backbones import pretrained_tokenizer
 from jointfuse.model.export import initialise, save_model
 from jointfuse.model.network import Network
 from jointfuse.train.checkpoint import (
+    Checkpoints,
     Position,
     check_resumable,
     corpus_digest,
     latest_checkpoint,
     load_checkpoint,
-    save_checkpoint,
-    write_atomically,
 )
-from jointfuse.train.engine import check_compile, divide, full_state, read_ds_config, start_engine, zero_stage
+from jointfuse.train.engine import (
+    check_compile,
+    divide,
+    forget_gradients,
+    full_state,
+    layout,
+    read_ds_config,
+    start_engine,
+)
 from jointfuse.train.objective import Objective
 from jointfuse.train.pool import pool_step
 from jointfuse.train.progress import Display, peak_memory
+from jointfuse.train.resize import described
 from jointfuse.train.run_folder import (
+    BROKEN,
+    FINISHED,
     SKIPPED,
+    STOPPED_EARLY,
     MetricsLog,
     check_run_folder,
     create_run_folder,
-    note_skipped,
+    note,
+    write_status,
 )
 from jointfuse.train.schedule import lr_factor
-
-NEVER = 2**62  # a step
+from jointfuse.train.vote import Vote
+from jointfuse.train.watchdog import Watchdog
 
 
 class Trainer:
@@ -62,6 +73,7 @@ class Trainer:
         config: resolved settings.
         run: folder of the run.
         resume: go on from the run's latest checkpoint (from the start where it has none yet).
+        asked: set once this rank is to save and stop.
 
     Raises:
         UserError: settings, data, weights or a checkpoint that cannot be used; nothing has been written then.
@@ -69,16 +81,17 @@ class Trainer:
 
     log_every = 10  # steps between reading figures from the device
 
-    def __init__(self, config: Config, run: Path, resume: bool) -> None:
+    def __init__(self, config: Config, run: Path, resume: bool, asked: threading.Event | None = None) -> None:
         self.config, self.run = config, run
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         settings = config.train
         check_run_folder(run, resume)
         self.division = divide(settings, self.world_size)
-        check_compile(settings, zero_stage(read_ds_config(settings)))
+        self.layout = layout(read_ds_config(settings), self.world_size)
+        check_compile(settings, self.layout.stage)
         checkpoint = latest_checkpoint(run) if resume else None
         self.corpus = open_corpus(config)
-        self.position = Position(world_size=self.world_size, corpus=corpus_digest(self.corpus))
+        self.position = Position(corpus=corpus_digest(self.corpus), **asdict(self.layout))
         if checkpoint:
             self.position = check_resumable(checkpoint, config, self.world_size, self.corpus)
         torch.manual_seed(settings.seed)
@@ -111,10 +124,15 @@ class Trainer:
         self.device = self.engine.device
         self.waited = Waited()
         if checkpoint:
-            load_checkpoint(self.engine, checkpoint)
+            load_checkpoint(self.engine, checkpoint, self.position.layout, self.layout)
+        self.resumed_from = self.position.layout
+        self.position = replace(self.position, **asdict(self.layout))
         self.log = MetricsLog(run, self.position.step) if self.rank == 0 else None
+        self.broken = 0  # steps in a row
         self.skipped = 0  # utterances of this epoch, of all ranks, since the run was last started
         self.score_name = "weighted_f1" if settings.choose_by == "last" else settings.choose_by
+        self.checkpoints = Checkpoints(self.engine, run, config)
+        self.vote, self.stopped = Vote(asked or threading.Event()), False
         self.evaluate_every = self._in_steps(settings.evaluate_every)
         self.save_every = self._in_steps(settings.save_every)
 
@@ -150,23 +168,34 @@ class Trainer:
         count, unit = parse_interval(interval)
         return count * (self.plan.steps_per_epoch if unit == "epoch" else 1)
 
-    def train(self) -> dict[str, Any]:
-        """Train to the end, or until `train.patience` runs out. Returns the position as a dictionary."""
+    def train(self) -> bool:
+        """Train to the end, or until `train.patience` runs out; false: asked to stop, it has saved and can go on."""
         position = self.position
-        with Display(self.steps, position.step, self.rank == 0) as self.display:
+        with (
+            Display(self.steps, position.step, self.rank == 0) as self.display,
+            Watchdog(self.rank, self.config.train.longest_step) as self.watchdog,
+        ):
             self._report_start()
-            while position.step < self.steps and not self._out_of_patience():
+            while position.step < self.steps and not self._out_of_patience() and not self.stopped:
                 self._epoch()
+            self.checkpoints.finish()
+            if self.stopped:
+                self.display.line(f"stopped at step {position.step} when asked to; --resume goes on from there")
+                self._end(STOPPED_EARLY)
+                return False
             if position.step < self.steps:
                 self.display.line(f"stopped early: no better dev score in {self.config.train.patience} evaluations")
             self.display.line(
                 f"finished at step {position.step}; chosen: step {position.best_step}, "
                 f"dev {HEADLINES[self.score_name]} {position.best_score:.4f}: {self.run / 'best'}"
             )
+        self._end(FINISHED)
+        return True
+
+    def _end(self, status: str) -> None:
         if self.log:
             self.log.close()
-            write_atomically(self.run / "finished", f"step {position.step}\n")
-        return asdict(position)
+            write_status(self.run, status)
 
     def _epoch(self) -> None:
         """The rest of the current epoch; ends early when steps or patience run out."""
@@ -175,6 +204,7 @@ class Trainer:
         for total, micro in self._batches():
             position.step += 1
             position.batch += 1
+            self.watchdog.step(position.step)
             self._step(total, micro, window)
             self.display.step(position.step, position.epoch)
             last = position.step == self.steps
@@ -188,11 +218,16 @@ class Trainer:
                 window.flush()
                 self._evaluate()
             ends = last or self._out_of_patience()
-            if position.step % self.save_every == 0 or ends:
+            stop, busy = self.vote.count()
+            self.stopped = stop and not ends
+            if not busy:
+                self.checkpoints.finish()
+            if position.step % self.save_every == 0 or ends or self.stopped:
                 window.flush()  # a run that resumes here logs what one that never stopped does
-                save_checkpoint(self.engine, self.run, position, self.config)
-            if ends:
+                self.checkpoints.save(position)
+            if ends or self.stopped:
                 break
+            self.vote.cast(self.checkpoints.busy)
 
     def _out_of_patience(self) -> bool:
         patience = self.config.train.patience
@@ -215,7 +250,8 @@ class Trainer:
         """Real utterances in a global batch: those planned, less those that any rank had to skip."""
         if self.config.data.on_error == "fail":
             return total
-        note_skipped(self.run, self.rank, self.position.step, [why for batch in micro for why in batch.skipped])
+        reasons = [why for batch in micro for why in batch.skipped]
+        note(self.run / SKIPPED, [{"step": self.position.step, "rank": self.rank, "why": why} for why in reasons])
         counted = torch.stack([batch.valid.sum() for batch in micro]).sum()
         dist.all_reduce(counted)
         return max(1, int(counted))
@@ -226,15 +262,16 @@ class Trainer:
         factor = lr_factor(settings, position.step - 1, self.steps)
         for group, base in zip(self.engine.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * factor
-        try:
-            self._micro_steps(total, micro, window)
-        except DivergedError as error:
-            window.flush()  # where an earlier step has diverged, it is that one's fault
-            raise self.diverged(f"step {position.step}: {error}") from error
-        window.end_step(total)
+        loss = self._micro_steps(total, micro, window)
+        window.end_step(total, taken := self.engine.was_step_applied())
+        if taken:
+            self.broken = 0
+        else:
+            self._skipped_step(loss, micro)
 
-    def _micro_steps(self, total: int, micro: list[Batch], window: "_Window") -> None:
-        pooled = None
+    def _micro_steps(self, total: int, micro: list[Batch], window: "_Window") -> torch.Tensor:
+        """Returns the sum of this rank's losses."""
+        pooled, total_loss = None, torch.zeros((), device=self.device)
         if self.engine.module.pools_beforehand:
             pooled = pool_step(self.engine.module, micro, total, self._seed)
         for number, batch in enumerate(micro):
@@ -245,6 +282,29 @@ class Trainer:
             if pooled:
                 losses |= {"icl": pooled.icl, "statistics": pooled.statistics}
             window.add(losses, batch)
+            total_loss += losses["loss"].detach()
+        return total_loss
+
+    def _skipped_step(self, loss: torch.Tensor, micro: list[Batch]) -> None:
+        """A step that the optimizer has refused, since a gradient was not finite."""
+        forget_gradients(self.engine)
+        finite = loss.isfinite().float()
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+        if finite and self.engine.fp16_enabled():
+            return  # the search for a loss scale
+        self.broken += 1
+        split, step = self.train_reader.split, self.position.step
+        ids = [int(id) for batch in micro for id in batch.ids[batch.valid]]
+        note(
+            self.run / BROKEN,
+            [{"step": step, "rank": self.rank, "loss": str(float(loss)), "id": id, "key": split.key(id)} for id in ids],
+        )
+        if self.broken > self.config.train.most_broken:
+            times = f"{self.broken} steps in a row, more than train.most_broken" if self.broken > 1 else "a step"
+            raise self.diverged(
+                f"step {step}: the loss or its gradient was not finite in {times}; {self.run / BROKEN} names their "
+                "utterances"
+            )
 
     def diverged(self, what: str) -> UserError:
         best = self.run / "best"
@@ -311,7 +371,10 @@ class Trainer:
             f"{self.config.train.deepspeed} on {self.device.type}"
         )
         if position.step:
-            self.display.line(f"resumed at step {position.step} (epoch {position.epoch + 1}, batch {position.batch})")
+            self.display.line(
+                f"resumed at step {position.step} (epoch {position.epoch + 1}, batch {position.batch})"
+                f"{described(self.resumed_from, self.layout)}"
+            )
 
 
 class _Window:
@@ -325,41 +388,43 @@ class _Window:
         # L_ERC, L_ICL, cut texts, cut clips, skipped; keys, anchors, counted anchors, positives, negatives and their
         # similarity
         self.sums = torch.zeros(12, device=self.trainer.device)
-        self.broken = torch.full((), NEVER, device=self.trainer.device)  # the first step whose loss is not finite
-        self.micro_steps, self.steps, self.utterances = 0, 0, 0
+        self.step = torch.zeros_like(self.sums)  # of the step that is not over yet
+        self.steps, self.broken, self.utterances = 0, 0, 0
         self.started, self.waited = time.monotonic(), self.trainer.waited.seconds
 
     def add(self, losses: dict[str, torch.Tensor], batch: Batch) -> None:
-        self.micro_steps += 1
-        now = self.broken.clamp_max(self.trainer.position.step)
-        self.broken = torch.where(losses["loss"].detach().isfinite(), self.broken, now)
-        self.sums[0] += losses["erc"]
-        self.sums[1] += losses["icl"]
-        self.sums[2] += batch.cut_tokens
-        self.sums[3] += batch.cut_audio
-        self.sums[4] += len(batch.skipped)
+        self.step[0] += losses["erc"]
+        self.step[1] += losses["icl"]
+        self.step[2] += batch.cut_tokens
+        self.step[3] += batch.cut_audio
+        self.step[4] += len(batch.skipped)
         if "statistics" in losses:
             *sizes, positives, negatives, positive, negative = losses["statistics"]
             pairs = [positives, negatives, positive * positives, negative * negatives]
-            self.sums[5:] += torch.stack([*sizes, *pairs])
+            self.step[5:] += torch.stack([*sizes, *pairs])
 
-    def end_step(self, total: int) -> None:
-        self.steps += 1
+    def end_step(self, total: int, taken: bool) -> None:
+        """Of a step that the optimizer did not take only what was cut and skipped is counted."""
+        if not taken:
+            self.broken += 1
+            self.step[:2], self.step[5:] = 0, 0
+        self.sums += self.step
+        self.step.zero_()
+        self.steps += taken
         self.utterances += total
 
     def flush(self) -> None:
         """Means over ranks and steps to the log. Raises UserError where the loss is no longer finite."""
-        if not self.steps:
+        if not self.steps and not self.broken:
             return
         trainer, position = self.trainer, self.trainer.position
         dist.all_reduce(self.sums)
         erc, icl, cut_texts, cut_clips, skipped, *pools = self.sums.tolist()
-        micro_steps = trainer.world_size * self.micro_steps
-        erc, icl = erc / micro_steps, icl / micro_steps
+        micro_steps = trainer.world_size * trainer.division.accumulation * self.steps
+        erc, icl = (erc / micro_steps, icl / micro_steps) if self.steps else (math.nan, math.nan)
         loss = erc + trainer.config.loss.icl_weight * icl
-        if not math.isfinite(loss):
-            dist.all_reduce(self.broken, dist.ReduceOp.MIN)
-            raise trainer.diverged(f"step {int(self.broken)}: the loss is not finite")
+        if self.steps and not math.isfinite(loss):
+            raise trainer.diverged(f"step {position.step} or one before it: the loss is not finite")
         self._count_skipped(int(skipped))
         elapsed = time.monotonic() - self.started
         rate = self.utterances / elapsed
@@ -370,18 +435,19 @@ class _Window:
                 "train",
                 position.step,
                 epoch=position.epoch,
-                loss=loss,
-                loss_erc=erc,
-                loss_icl=icl,
+                loss=loss if self.steps else None,
+                loss_erc=erc if self.steps else None,
+                loss_icl=icl if self.steps else None,
                 learning_rate=trainer.engine.optimizer.param_groups[0]["lr"],
-                gradient_norm=None if norm is None else float(norm),
+                gradient_norm=float(norm) if norm is not None and math.isfinite(norm) else None,
                 utterances_per_second=rate,
                 data_wait=(trainer.waited.seconds - self.waited) / elapsed,
                 peak_memory_gib=peak_memory(),
                 cut_texts=int(cut_texts),
                 cut_clips=int(cut_clips),
                 skipped=int(skipped),
-                **(_pool_figures(pools, micro_steps) if trainer.engine.module.contrast else {}),
+                broken=self.broken,
+                **(_pool_figures(pools, micro_steps) if trainer.engine.module.contrast and self.steps else {}),
             )
         self._clear()
 

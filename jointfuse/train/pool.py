@@ -60,6 +60,7 @@ def pool_step(objective: Objective, batches: list[Batch], total: int, seed: Call
         normalize=settings.normalize,
         backend=settings.backend,
         known=known,
+        finite=False,
     )
     gradients = torch.autograd.grad(icl * len(batches), leaves)
     return Pooled(

@@ -3,7 +3,9 @@
 RUN/config.yaml        resolved settings          RUN/checkpoints/   to resume from
 RUN/environment.json   versions and devices       RUN/best/          the chosen model
 RUN/metrics.jsonl      losses and dev scores      RUN/tokenizer/     where the model reads text
+RUN/status             running, finished or stopped
 RUN/tensorboard/           RUN/skipped.jsonl  with data.on_error=skip: what could not be read, and why
+                           RUN/broken.jsonl   utterances of steps whose loss or gradient was not finite
 """
 
 import json
@@ -22,7 +24,8 @@ from jointfuse.errors import UserError
 from jointfuse.evaluate.history import read_metrics
 from jointfuse.train.checkpoint import write_atomically
 
-SKIPPED = "skipped.jsonl"
+SKIPPED, BROKEN = "skipped.jsonl", "broken.jsonl"
+RUNNING, FINISHED, STOPPED_EARLY = "running", "finished", "stopped"
 
 
 def check_run_folder(run: Path, resume: bool) -> None:
@@ -49,16 +52,29 @@ def create_run_folder(run: Path, config: Config, world_size: int) -> None:
         "command": sys.argv,
         "packages": {name: version(name) for name in packages},
     }
-    write_atomically(run / "environment.json", json.dumps(environment, indent=2) + "\n")
     write_atomically(run / "config.yaml", config.to_yaml())
+    write_atomically(run / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_status(run, RUNNING)
 
 
-def note_skipped(run: Path, rank: int, step: int, reasons: list[str]) -> None:
-    """Every rank adds its own; a resumed run may name one a second time."""
-    lines = [json.dumps({"step": step, "rank": rank, "why": why}, ensure_ascii=False) + "\n" for why in reasons]
-    if lines:
-        with (run / SKIPPED).open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
+def write_status(run: Path, status: str) -> None:
+    """What becomes of a run, for whoever started it; written by rank 0."""
+    write_atomically(run / "status", status + "\n")
+
+
+def read_status(run: Path) -> str:
+    """One of RUNNING, FINISHED and STOPPED_EARLY; empty where no run has begun."""
+    try:
+        return (run / "status").read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+
+
+def note(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Every rank adds its own lines; a resumed run may write some a second time."""
+    if rows:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 class MetricsLog:
