@@ -44,7 +44,7 @@ def peak(
     pooling = load.pool_held + load.pool_passing
     resting = found.resting + load.batches
     moments = {
-        "a micro-step": (
+        "micro-step": (
             resting
             + found.held
             + found.buckets
@@ -53,10 +53,10 @@ def peak(
             + (load.front_end if on_gpu else 0)
             + (0 if step.pools_beforehand else pooling)
         ),
-        "the pool": resting + pooling if step.pools_beforehand else 0,
-        "the making of a batch": resting + load.front_end,
-        "the reduction of gradients": resting + found.gradients + found.buckets + found.reducing,
-        "the optimizer's step": resting + found.gradients + found.updating,
+        "pool": resting + pooling if step.pools_beforehand else 0,
+        "batch": resting + load.front_end,
+        "reduction": resting + found.gradients + found.buckets + found.reducing,
+        "update": resting + found.gradients + found.updating,
     }
     largest = max(moments, key=lambda moment: moments[moment])
     return moments[largest], largest

@@ -1,14 +1,15 @@
 """A recipe, a number of ranks and two rates, put together into what a training needs."""
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from jointfuse.capacity.corpus import CHARACTERS, Corpus, corpus_of
 from jointfuse.capacity.memory import Load, load_of, peak
-from jointfuse.capacity.pool import Pool, pool_of, share_without_partner, share_without_partner_of
+from jointfuse.capacity.pool import Pool, pool_of, share_without_partner
 from jointfuse.capacity.rates import Rates, measured_rates
 from jointfuse.capacity.rehearsal import Device, Lengths, Rehearsal, rehearse
 from jointfuse.capacity.shapes import objective_of_shapes
@@ -28,125 +29,108 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Memory:
     """With one DeepSpeed file: bytes on the fullest rank."""
 
-    file: str
-    chosen: bool
     states: States
     peak: int
     peak_in: str
 
 
 @dataclass(frozen=True)
-class Mode:
-    """One mode of train.checkpointing, with the recipe's DeepSpeed file."""
-
-    mode: str
-    chosen: bool
-    activations: Rehearsal
-    peak: int
-
-
-@dataclass(frozen=True)
-class Time:
-    """Of a step, on one rank: operations and seconds."""
-
-    lengths: Lengths
-    training: int  # forward and backward
-    again: int  # what checkpointing computes a second time
-    beforehand: int  # the forward passes that fill the pool
-    contrast: int
-    computing: float  # seconds
-    communicating: float | None
-
-
-@dataclass(frozen=True)
 class Plan:
-    recipe: str
+    config: Config
     device: Device
     division: Division
     parts: dict[str, list[int]]  # elements trained and frozen
     corpus: Corpus
     longest: Lengths
-    memory: list[Memory]
-    modes: list[Mode]
+    memory: dict[str, Memory]  # by DeepSpeed file, with the recipe's checkpointing
+    activations: dict[str, Rehearsal]  # by mode of checkpointing
+    peaks: dict[str, int]  # by mode of checkpointing, with the recipe's DeepSpeed file
     load: Load
     pool: Pool | None
-    share_without_partner: float | None
+    share_without_partner: float
     wire: list[Collective]
     rates: Rates
-    share: float  # of the matmul rate that a step reaches
-    time: Time
+    lengths: Lengths  # those of which the time is told
+    operations: dict[str, int]  # of a step, on one rank
     assumptions: list[str]
 
-    def as_json(self) -> dict[str, Any]:
-        wire = [asdict(one) | {"sent": one.sent(self.division.world_size)} for one in self.wire]
-        return asdict(self) | {"wire": wire}
+    @property
+    def sent(self) -> int:
+        """Bytes that leave a rank in a step."""
+        return sum(one.sent(self.division.world_size) for one in self.wire)
+
+    @property
+    def communicating(self) -> float | None:
+        """Seconds of a step; None: no rate is known."""
+        return self.sent / self.rates.bandwidth if self.rates.bandwidth else (None if self.sent else 0.0)
 
 
 def plan_recipe(
-    config: Config, ranks: int, device: Device, classes: int, tera: float | None, giga: float | None, share: float
+    config: Config,
+    ranks: int,
+    device: Device,
+    counts: Sequence[int],
+    tera: float | None,
+    giga: float | None,
+    share: float,
 ) -> Plan:
     """As make_plan, with what is not given taken from the corpus and measured on this machine. Raises UserError."""
     divide(config.train, ranks)
-    corpus = corpus_of(config, classes)
+    corpus = corpus_of(config, counts)
     precision = zero_file(read_ds_config(config.train)).precision
-    return make_plan(config, ranks, device, corpus, measured_rates(tera, giga, DTYPES[precision], ranks), share)
+    return make_plan(config, ranks, device, corpus, measured_rates(tera, giga, share, DTYPES[precision], ranks))
 
 
 def make_plan(
-    config: Config, ranks: int, device: Device, corpus: Corpus, rates: Rates, share: float, vocabulary: int = 0
+    config: Config, ranks: int, device: Device, corpus: Corpus, rates: Rates, vocabulary: int | None = None
 ) -> Plan:
     """Everything about a recipe on so many ranks.
 
     Args:
-        share: of the matmul rate that a step reaches.
         vocabulary: entries of the tokenizer of an encoder from scratch; as many as the recipe allows unless given.
 
     Raises:
         UserError: a batch that cannot be divided, or a model whose sizes are not known here.
     """
-    division = divide(config.train, ranks)
-    scratch = config.model.text_encoder.scratch
-    vocabulary = vocabulary or (scratch.vocabulary if scratch else 0)
-    objective = objective_of_shapes(config, corpus.classes, division.accumulation, vocabulary)
-    sizes, parts, step = _sizes(objective, config), _parts(objective), _step(objective, config, division)
-    files = comparable_files(config.train)
-    file = files[config.train.deepspeed]
+    settings, division = config.train, divide(config.train, ranks)
+    objective = objective_of_shapes(config, len(corpus.counts), division.accumulation, vocabulary)
+    sizes, step = _sizes(objective, config), _step(objective, config, division)
+    files = comparable_files(settings)
+    file = files[settings.deepspeed]
     objective.to(DTYPES[file.precision])
     longest = Lengths(config.data.max_tokens, 1 + round(config.data.max_seconds * FRAMES_PER_SECOND))
+    lengths = corpus.mean or longest
     pool = pool_of(step, ranks, config.loss.queue)
     load = load_of(step, longest, pool, device)
-    on_gpu, accumulates = device == "gpu", step.micro_steps > 1
-    modes, memory = [], []
-    rehearsed = {mode: rehearse(objective, step.rows, longest, mode, device) for mode in MODES}
-    for name, one in files.items():
-        found = states(one, sizes, ranks, fullest_rank(one, sizes, ranks), accumulates, on_gpu)
-        most = peak(one, found, rehearsed[config.train.checkpointing], load, step, device)
-        memory.append(Memory(name, one is file, found, *most))
-        if one is file:
-            for mode, activations in rehearsed.items():
-                most = peak(one, found, activations, load, step, device)
-                modes.append(Mode(mode, mode == config.train.checkpointing, activations, most[0]))
-    wire = collectives(file, sizes, ranks, step)
-    lengths = corpus.mean or longest
-    plain, chosen = (
-        rehearse(objective, step.rows, lengths, mode, device) for mode in ("none", config.train.checkpointing)
-    )
+    activations = {mode: rehearse(objective, step.rows, longest, mode, device) for mode in MODES}
+    timed = activations
+    if lengths != longest:
+        timed = {
+            mode: rehearse(objective, step.rows, lengths, mode, device) for mode in {"none", settings.checkpointing}
+        }
+
+    def memory(one: ZeroFile, mode: str) -> Memory:
+        rank = fullest_rank(one, sizes, ranks)
+        found = states(one, sizes, ranks, rank, accumulates=step.micro_steps > 1, on_gpu=device == "gpu")
+        return Memory(found, *peak(one, found, activations[mode], load, step, device))
+
     return Plan(
-        recipe=config.recipe,
+        config=config,
         device=device,
         division=division,
-        parts=parts,
+        parts=_parts(objective),
         corpus=corpus,
         longest=longest,
-        memory=memory,
-        modes=modes,
+        memory={name: memory(one, settings.checkpointing) for name, one in files.items()},
+        activations=activations,
+        peaks={mode: memory(file, mode).peak for mode in MODES},
         load=load,
         pool=pool,
-        share_without_partner=_alone(corpus, pool) if pool else None,
-        wire=wire,
+        share_without_partner=share_without_partner(corpus.counts, pool.keys, corpus.shares) if pool else 0.0,
+        wire=collectives(file, sizes, ranks, step),
         rates=rates,
-        share=share,
-        time=_time(step, plain, chosen, pool, lengths, rates, share, sum(one.sent(ranks) for one in wire)),
+        lengths=lengths,
+        operations=_operations(step, timed["none"], timed[settings.checkpointing], pool),
         assumptions=_assumptions(config, device, corpus, file, step),
     )
 
@@ -192,34 +176,20 @@ def _step(objective: Objective, config: Config, division: Division) -> Step:
     )
 
 
-def _alone(corpus: Corpus, pool: Pool) -> float:
-    if corpus.counts:
-        return share_without_partner(corpus.counts, pool.keys)
-    return share_without_partner_of(corpus.shares, pool.keys)
-
-
-def _time(
-    step: Step,
-    plain: Rehearsal,
-    chosen: Rehearsal,
-    pool: Pool | None,
-    lengths: Lengths,
-    rates: Rates,
-    share: float,
-    sent: int,
-) -> Time:
+def _operations(step: Step, plain: Rehearsal, chosen: Rehearsal, pool: Pool | None) -> dict[str, int]:
     training = step.micro_steps * (plain.forward + plain.backward)
-    again = step.micro_steps * (chosen.forward + chosen.backward) - training
-    beforehand = step.micro_steps * plain.forward * step.pools_beforehand
-    contrast = pool.a_step * pool.operations(step.width) if pool else 0
-    computing = (training + again + beforehand + contrast) / (rates.operations * share)
-    communicating = sent / rates.bandwidth if rates.bandwidth else (None if sent else 0.0)
-    return Time(lengths, training, again, beforehand, contrast, computing, communicating)
+    found = {
+        "forward and backward": training,
+        "computed a second time": step.micro_steps * (chosen.forward + chosen.backward) - training,
+        "forward beforehand, for the pool": step.micro_steps * plain.forward * step.pools_beforehand,
+        "contrastive loss": pool.a_step * pool.operations(step.width) if pool else 0,
+    }
+    return {what: number for what, number in found.items() if number}
 
 
 def _assumptions(config: Config, device: Device, corpus: Corpus, file: ZeroFile, step: Step) -> list[str]:
-    data, said = config.data, []
-    said.append(f"memory: every text has {data.max_tokens} tokens and every clip {data.max_seconds:g} s")
+    data = config.data
+    said = [f"memory: every text has {data.max_tokens} tokens and every clip {data.max_seconds:g} s"]
     if device == "gpu":
         said.append("memory not counted: the CUDA context, NCCL's buffers, what the allocator cannot use again")
     else:
@@ -231,17 +201,15 @@ def _assumptions(config: Config, device: Device, corpus: Corpus, file: ZeroFile,
     if corpus.mean:
         said.append(f"time: mean lengths of {corpus.name}, {CHARACTERS} characters a token, no padding")
     else:
-        said.append("time: as long as memory's; with data.corpus, its mean lengths")
+        said.append("time: utterances as long as memory's; with data.corpus, of its mean lengths")
     said.append("time: what is sent goes round one ring of all ranks at one rate, latency left out")
     if gathers_more(file, step):
         said.append(
             "ZeRO-3 with loss.pool=step in several micro-batches gathers some parameters at every use: "
             "more bytes than are counted here (loss.pool=micro does not)"
         )
-    if step.width and corpus.counts:
-        said.append("partners: a pool is drawn from the training split at random, without replacement")
-    elif step.width and corpus.name:
-        said.append("partners: classes are drawn one by one, by their shares under data.balance and the weights")
-    elif step.width:
-        said.append(f"partners: {corpus.classes} classes, all as frequent; with data.corpus, its own")
+    if step.width:
+        whose = f"of {corpus.name}" if corpus.name else "given (--counts); with data.corpus, its own"
+        drawn = "one by one, as data.balance and the corpora's weights have it" if corpus.shares else "each once"
+        said.append(f"partners: utterances of each class as {whose}; drawn at random, {drawn}")
     return said

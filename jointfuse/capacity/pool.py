@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from math import exp, lgamma
 
 from jointfuse.capacity.wire import Step
 
@@ -11,7 +10,6 @@ ROW = 40  # bytes of a row beside its feature: label, class, partners, weights, 
 TILE = 1024  # rows and columns of similarities held at once on a CPU ...
 PANEL = 256 * 2**20  # ... and bytes of them on a GPU
 COPIES = 3  # of a tile of similarities, where they become coefficients
-LARGEST_SUM = 4096  # utterances drawn at a time
 
 
 @dataclass(frozen=True)
@@ -47,28 +45,27 @@ def pool_of(step: Step, ranks: int, queue: int) -> Pool | None:
     return Pool(anchors, anchors + queue, 1 if step.pool == "step" else step.micro_steps, own)
 
 
-def share_without_partner(counts: Sequence[int], keys: int) -> float:
-    """The expected share of anchors with no other key of their class in a pool drawn without replacement.
+def share_without_partner(counts: Sequence[int], keys: int, shares: Sequence[float] | None = None) -> float:
+    """The expected share of anchors with no other key of their class in a pool.
 
     Args:
-        counts: utterances of each class that there are to draw from.
-        keys: K; all there are where it is more.
+        counts: utterances of each class; the pool is drawn from them without replacement.
+        keys: K; all utterances there are where it is more.
+        shares: of each class, where utterances are drawn one by one instead.
     """
-    return sum(count / sum(counts) * alone(count, sum(counts), keys) for count in counts if count)
+    if shares is not None:
+        return sum(share * (1 - share) ** (keys - 1) for share in shares)
+    return sum(count / sum(counts) * _alone(count, sum(counts), keys) for count in counts if count)
 
 
-def alone(count: int, total: int, keys: int) -> float:
+def _alone(count: int, total: int, keys: int) -> float:
     """The probability that none of the K - 1 others, drawn from all but the anchor, is one of its `count` - 1 likes."""
     drawn = min(keys, total) - 1
     if drawn > total - count:
         return 0.0
-    logarithm = 0.0
-    for first in range(0, drawn, LARGEST_SUM):
-        left = total - 1.0 - np.arange(first, min(drawn, first + LARGEST_SUM))
-        logarithm += float(np.log1p(-(count - 1) / left).sum())
-    return float(np.exp(logarithm))
+    return exp(_ways(total - count, drawn) - _ways(total - 1, drawn))
 
 
-def share_without_partner_of(shares: Sequence[float], keys: int) -> float:
-    """The same where classes are drawn independently, each with its share."""
-    return sum(share * (1 - share) ** (keys - 1) for share in shares)
+def _ways(total: int, drawn: int) -> float:
+    """The logarithm of the number of ways to draw so many."""
+    return lgamma(total + 1) - lgamma(drawn + 1) - lgamma(total - drawn + 1)

@@ -21,20 +21,28 @@ class Rates:
     bandwidth: float | None  # bytes a second that leave a rank; None: not known
     operations_from: str
     bandwidth_from: str
+    share: float  # of that rate of operations, what a whole step reaches
+
+    @property
+    def reached(self) -> float:
+        """Operations a second in a step."""
+        return self.operations * self.share
 
 
-def measured_rates(tera: float | None, giga: float | None, dtype: torch.dtype, ranks: int) -> Rates:
+def measured_rates(tera: float | None, giga: float | None, share: float, dtype: torch.dtype, ranks: int) -> Rates:
     """What was given, 10^12 operations and 10^9 bytes a second; the rest is measured here."""
     operations, operations_from = (tera or 0.0) * 1e12, "given"
     if not tera:
         operations, operations_from = matmul_rate(dtype), f"measured: {device_name()}, {str(dtype).split('.')[1]}"
     if giga or ranks == 1:
-        return Rates(operations, (giga or 0.0) * 1e9 or None, operations_from, "given" if giga else "one rank")
+        return Rates(operations, (giga or 0.0) * 1e9 or None, operations_from, "given" if giga else "one rank", share)
     here = min(ranks, torch.cuda.device_count() if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
     if here < 2:
-        return Rates(operations, None, operations_from, "not known: this machine has one device; give --bandwidth")
+        return Rates(
+            operations, None, operations_from, "not known: this machine has one device; give --bandwidth", share
+        )
     measured = min(on_ranks(here, _ring_rate))
-    return Rates(operations, measured, operations_from, f"measured: {here} ranks of this machine")
+    return Rates(operations, measured, operations_from, f"measured: {here} ranks of this machine", share)
 
 
 def _ring_rate() -> float:

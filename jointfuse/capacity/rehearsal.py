@@ -31,6 +31,9 @@ class Lengths:
     tokens: int
     frames: int
 
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens, {self.frames} frames"
+
 
 @dataclass(frozen=True)
 class Rehearsal:
@@ -148,7 +151,7 @@ class _Live(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _kernels(device: Device) -> Iterator[None]:
-    """On the meta device attention and dropout keep other things than on the devices: inside they keep what those do."""
+    """Attention and dropout keep what they keep on the device, not what they keep on the meta device."""
     plain_attention, plain_dropout = nn.functional.scaled_dot_product_attention, nn.functional.dropout
     gpu = device == "gpu"
 
@@ -157,12 +160,13 @@ def _kernels(device: Device) -> Iterator[None]:
         kernel = _fused_attention if gpu or not kwargs.get("dropout_p") else plain_attention
         return kernel(*args, **kwargs)
 
-    nn.functional.scaled_dot_product_attention = attention
-    nn.functional.dropout = _fused_dropout if gpu else plain_dropout
+    functions: Any = nn.functional
+    functions.scaled_dot_product_attention = attention
+    functions.dropout = _fused_dropout if gpu else plain_dropout
     try:
         yield
     finally:
-        nn.functional.scaled_dot_product_attention, nn.functional.dropout = plain_attention, plain_dropout
+        functions.scaled_dot_product_attention, functions.dropout = plain_attention, plain_dropout
 
 
 def _fused_attention(

@@ -29,17 +29,19 @@ KNOWN: dict[str, dict[str, Any]] = {
 }
 
 
-def objective_of_shapes(config: Config, classes: int, accumulation: int, vocabulary: int) -> Objective:
+def objective_of_shapes(config: Config, classes: int, accumulation: int, vocabulary: int | None = None) -> Objective:
     """What DeepSpeed would train, on the meta device, frozen as the recipe says.
 
     Args:
         classes: C.
-        vocabulary: of an encoder built from scratch.
+        vocabulary: of an encoder built from scratch; as large as its settings allow unless given.
 
     Raises:
         UserError: a backbone of which no sizes are known here.
     """
     model = config.model
+    if vocabulary is None:
+        vocabulary = model.text_encoder.scratch.vocabulary if model.text_encoder.scratch else 0
     known: dict[str, Description] = {}
     if model.modality != "audio":
         for part, settings in (("text_encoder", model.text_encoder), ("language", model.language)):

@@ -1,38 +1,31 @@
-"""A plan as tables."""
+"""A plan as tables, at most 100 columns wide."""
+
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from jointfuse.capacity.memory import Load
-from jointfuse.capacity.plan import Plan
+from jointfuse.capacity.plan import Memory, Plan
 
-UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    division, pool = plan.division, plan.pool
+    division = plan.division
     console.print(
-        f"{plan.recipe} on {division.world_size} ranks: batch {division.world_size * _a_rank(plan)} = "
-        f"{division.world_size} ranks x {division.accumulation} accumulated x {division.micro_batch}",
+        f"{plan.config.recipe}: batch {plan.config.train.batch} = {division.world_size} ranks x "
+        f"{division.accumulation} accumulated x {division.micro_batch}",
         highlight=False,
     )
-    console.print(_parts(plan))
-    console.print(_memory(plan))
-    console.print(_modes(plan))
-    console.print(_wire(plan))
-    if pool:
-        console.print(_pool(plan))
-    console.print(_time(plan))
+    for table in (_parts(plan), _memory(plan), _activations(plan), _wire(plan), _pool(plan), _time(plan)):
+        if table.row_count:
+            console.print(table)
     for assumption in plan.assumptions:
         console.print(f"- {assumption}", highlight=False, markup=False)
 
 
-def _a_rank(plan: Plan) -> int:
-    return plan.division.accumulation * plan.division.micro_batch
-
-
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", caption_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     return table
@@ -41,111 +34,104 @@ def _table(title: str, *columns: str) -> Table:
 def _parts(plan: Plan) -> Table:
     table = _table("parameters, millions", "part", "trained", "frozen")
     for part, (trained, frozen) in plan.parts.items():
-        table.add_row(part, _millions(trained), _millions(frozen))
-    sums = [sum(part[column] for part in plan.parts.values()) for column in (0, 1)]
-    table.add_row("all", *map(_millions, sums), style="bold")
+        table.add_row(part, f"{trained / 1e6:,.3f}", f"{frozen / 1e6:,.3f}")
+    trained, frozen = (sum(part[column] for part in plan.parts.values()) for column in (0, 1))
+    table.add_row("all", f"{trained / 1e6:,.3f}", f"{frozen / 1e6:,.3f}", style="bold")
     return table
 
 
 def _memory(plan: Plan) -> Table:
+    settings, load = plan.config.train, plan.load
     where = "a GPU" if plan.device == "gpu" else "a rank"
-    table = _table(
-        f"memory of {where}, by DeepSpeed file",
-        *("train.deepspeed", "weights, trained", "frozen", "gathered", "gradients", "buckets", "optimizer", "on host"),
-        *("peak", "in"),
-    )
-    for one in plan.memory:
-        found = one.states
-        sizes = (found.trained, found.frozen, found.gathered, found.gradients, found.buckets, found.optimizer)
-        style = "bold" if one.chosen else None
-        name = f"{one.file} *" if one.chosen else one.file
-        table.add_row(name, *map(size, sizes), size(found.host), size(one.peak), one.peak_in, style=style)
-    table.caption = f"* the recipe's; beside these, a step takes {_load(plan.load)}"
-    table.caption_justify = "left"
+    names = [f"{name} *" if name == settings.deepspeed else name for name in plan.memory]
+    table = _table(f"memory of {where}, by train.deepspeed", "", *(name.replace("_", "\n") for name in names))
+    for column in table.columns:
+        column.min_width = 8
+    every: Sequence[Memory] = list(plan.memory.values())
+    for what, sizes in (
+        ("weights, trained", [one.states.trained for one in every]),
+        ("weights, frozen", [one.states.frozen for one in every]),
+        ("gathered weights", [one.states.gathered for one in every]),
+        ("gradients", [one.states.gradients for one in every]),
+        ("their buckets", [one.states.buckets for one in every]),
+        ("optimizer", [one.states.optimizer for one in every]),
+        ("activations", [plan.activations[settings.checkpointing].peak] * len(every)),
+        ("contrastive pool", [load.pool_held + load.pool_passing] * len(every)),
+        ("batches", [load.batches] * len(every)),
+        ("making of a batch", [load.front_end] * len(every)),
+    ):
+        table.add_row(what, *map(size, sizes))
+    table.add_section()
+    table.add_row("at most, at a time", *(size(one.peak) for one in every), style="bold")
+    table.add_row("which is in", *(one.peak_in for one in every))
+    table.add_section()
+    table.add_row("on the host", *(size(one.states.host) for one in every))
+    table.caption = "* the recipe's. Not all parts are there at a time: the sum is more than the most."
     return table
 
 
-def _load(load: Load) -> str:
-    pool = f", the contrastive pool {size(load.pool_held)} and {size(load.pool_passing)} in its backward pass"
-    return f"batches of {size(load.batches)}, {size(load.front_end)} to make one{pool if load.pool_held else ''}"
-
-
-def _modes(plan: Plan) -> Table:
-    lengths = f"{plan.longest.tokens} tokens, {plan.longest.frames} frames"
+def _activations(plan: Plan) -> Table:
     table = _table(
-        f"activations of {plan.division.micro_batch} utterances of {lengths}",
-        *("train.checkpointing", "kept for the backward pass", "at most", "operations", "peak of all"),
+        f"activations of {plan.division.micro_batch} utterances of {plan.longest}",
+        *("train.checkpointing", "kept for backward", "at most", "operations", "memory at most"),
     )
-    fewest = min(mode.activations.forward + mode.activations.backward for mode in plan.modes)
-    for mode in plan.modes:
-        found = mode.activations
-        times = (found.forward + found.backward) / fewest
-        name = f"{mode.mode} *" if mode.chosen else mode.mode
-        style = "bold" if mode.chosen else None
-        table.add_row(name, size(found.kept), size(found.peak), f"x {times:.2f}", size(mode.peak), style=style)
+    fewest = min(found.forward + found.backward for found in plan.activations.values())
+    for mode, found in plan.activations.items():
+        times, chosen = (found.forward + found.backward) / fewest, mode == plan.config.train.checkpointing
+        cells = (size(found.kept), size(found.peak), f"x {times:.2f}", size(plan.peaks[mode]))
+        table.add_row(f"{mode} *" if chosen else mode, *cells)
     return table
 
 
 def _wire(plan: Plan) -> Table:
     table = _table("on the wire, a step and rank", "what", "collective", "given", "sent, in a ring")
-    ranks = plan.division.world_size
-    for one in plan.wire:
-        table.add_row(one.purpose, one.kind, size(one.given), size(one.sent(ranks)))
-    table.add_row("all", "", "", size(sum(one.sent(ranks) for one in plan.wire)), style="bold")
     table.columns[1].justify = "left"
-    table.caption = "of the contrastive loss nothing is sent backward"
-    table.caption_justify = "left"
+    for one in plan.wire:
+        table.add_row(one.purpose, one.kind, size(one.given), size(one.sent(plan.division.world_size)))
+    if plan.wire:
+        table.add_row("all", "", size(sum(one.given for one in plan.wire)), size(plan.sent), style="bold")
     return table
 
 
 def _pool(plan: Plan) -> Table:
-    assert plan.pool is not None
-    assert plan.share_without_partner is not None
-    table = _table("the contrastive pool", "", "")
-    table.add_row("pools a step", f"{plan.pool.a_step}")
-    table.add_row("anchors in a pool", f"{plan.pool.anchors:,}")
-    table.add_row("keys in a pool", f"{plan.pool.keys:,}")
-    table.add_row("anchors without a partner, expected", f"{plan.share_without_partner:.4%}")
-    table.show_header = False
+    table = _table("the contrastive pool", "pools a step", "anchors", "keys", "anchors without a partner, expected")
+    if plan.pool:
+        alone = f"{plan.share_without_partner:.3%}"
+        table.add_row(str(plan.pool.a_step), f"{plan.pool.anchors:,}", f"{plan.pool.keys:,}", alone)
     return table
 
 
 def _time(plan: Plan) -> Table:
-    time, rates = plan.time, plan.rates
-    title = f"a step of utterances of {time.lengths.tokens} tokens, {time.lengths.frames} frames"
-    table = _table(title, "what, on one rank", "10^12 operations")
-    for what, operations in (
-        ("forward and backward", time.training),
-        ("computed a second time", time.again),
-        ("forward beforehand, for the pool", time.beforehand),
-        ("contrastive loss", time.contrast),
-    ):
-        table.add_row(what, f"{operations / 1e12:,.4f}")
-    table.add_row("computing", f"{time.computing:.4g} s", style="bold")
-    if time.communicating is None:
-        table.add_row("communicating", "not known")
+    rates, batch = plan.rates, plan.config.train.batch
+    table = _table(f"a step of utterances of {plan.lengths}", "what", "10^12 operations", "ms", "utterances/s")
+
+    def add(what: str, seconds: float, *figures: str) -> None:
+        table.add_row(
+            what, *(figures or ("",)), f"{1000 * seconds:,.3f}", f"{batch / seconds:,.0f}" if not figures else ""
+        )
+
+    for what, operations in plan.operations.items():
+        add(what, operations / rates.reached, f"{operations / 1e12:,.4f}")
+    computing, communicating = sum(plan.operations.values()) / rates.reached, plan.communicating
+    if communicating is None:
+        add("a step, without what is sent", computing)
     else:
-        table.add_row("communicating", f"{time.communicating:.4g} s", style="bold")
-        utterances = plan.division.world_size * _a_rank(plan)
-        apart, over = time.computing + time.communicating, max(time.computing, time.communicating)
-        for what, seconds in (("one after the other", apart), ("at the same time", over)):
-            table.add_row(f"a step, {what}", f"{seconds:.4g} s: {utterances / seconds:,.1f} utterances/s")
+        add(f"sending {size(plan.sent)}", communicating, "")
+        table.add_section()
+        add("a step, one after the other", computing + communicating)
+        add("a step, both at the same time", max(computing, communicating))
     bandwidth = f"{rates.bandwidth / 1e9:,.4g} GB/s" if rates.bandwidth else "no rate"
     table.caption = (
-        f"{plan.share:.0%} of {rates.operations / 1e12:,.4g} Tflop/s ({rates.operations_from}), "
+        f"{rates.share:.0%} of {rates.operations / 1e12:,.4g} Tflop/s ({rates.operations_from}); "
         f"{bandwidth} out of a rank ({rates.bandwidth_from})"
     )
-    table.caption_justify = "left"
     return table
 
 
 def size(number: int) -> str:
-    """Bytes as people read them."""
+    """Bytes as people read them, three digits."""
     for unit, name in UNITS:
         if number >= unit:
-            return f"{number / unit:,.2f} {name}"
+            digits = 2 if number < 10 * unit else 1 if number < 100 * unit else 0
+            return f"{number / unit:,.{digits}f} {name}"
     return f"{number} B"
-
-
-def _millions(number: int) -> str:
-    return f"{number / 1e6:,.3f}"

@@ -13,6 +13,7 @@ from jointfuse.capacity.zero import ZeroFile
 
 Kind = Literal["all-gather", "all-reduce", "reduce-scatter"]
 FEATURE, LABEL, LSE = 4, 8, 4  # bytes: float32, int64, float32
+VOTE = 8  # bytes, of train/vote.py
 SUB_GROUP = 10**9  # elements that stage 3 updates at a time
 
 
@@ -58,6 +59,7 @@ def collectives(file: ZeroFile, sizes: Sizes, ranks: int, step: Step) -> list[Co
     if ranks == 1:
         return []
     found = _contrast(step) + _gradients(file, sizes, ranks, step) + _parameters(file, sizes, ranks, step)
+    found.append(Collective("to stop or go on", "all-reduce", VOTE))
     if step.skips:
         found.append(Collective("how many utterances count", "all-reduce", LABEL))
     return [collective for collective in found if collective.given]
@@ -107,9 +109,7 @@ def _gradients(file: ZeroFile, sizes: Sizes, ranks: int, step: Step) -> list[Col
     whole = ranks * _parts([size for group in sizes.groups for size in group], ranks)
     norms = sum(-(-_parts(group, ranks) // SUB_GROUP) for group in sizes.groups)
     return [
-        Collective(
-            "gradients", "reduce-scatter", (often * whole - (often - 1) * ranks * beforehand) * file.wire
-        ),
+        Collective("gradients", "reduce-scatter", (often * whole - (often - 1) * ranks * beforehand) * file.wire),
         Collective("gradient norm", "all-reduce", (4 if file.host_optimizer else 8) * norms),
         overflow,
     ]

@@ -79,7 +79,7 @@ def language_backbone(
 
 
 def pretrained_config(settings: BackboneSettings, setting: str) -> Any:
-    """The sizes of a pretrained encoder, without its weights. Raises UserError if they cannot be had or cannot serve."""
+    """The sizes of a pretrained encoder, without its weights. Raises UserError where they cannot be had or used."""
     config = _pretrained(AutoConfig, settings.weights, setting)
     require_language_family(config, setting)
     if settings.dropout is not None:

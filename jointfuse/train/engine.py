@@ -43,7 +43,11 @@ class Division:
 def divide(settings: TrainSettings, world_size: int) -> Division:
     """Raises UserError where the global batch cannot be divided over the ranks."""
     if settings.batch % world_size:
-        raise UserError(f"train.batch = {settings.batch} cannot be divided over {world_size} ranks")
+        other = max(settings.batch // world_size, 1) * world_size
+        raise UserError(
+            f"train.batch = {settings.batch} cannot be divided over {world_size} ranks; set train.batch={other}, or "
+            "another multiple"
+        )
     a_rank = settings.batch // world_size
     micro = min(settings.micro_batch or a_rank, a_rank)
     if a_rank % micro:
