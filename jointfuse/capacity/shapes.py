@@ -3,15 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from transformers import AutoConfig
 
-from jointfuse.config import BackboneSettings, Config, VisionSettings
+from jointfuse.config import BackboneSettings, Config
 from jointfuse.data.features import FRAMES_PER_SECOND
-from jointfuse.errors import UserError
-from jointfuse.model.backbones import Description, cannot_serve, pretrained_config, timm_name, vision_sizes
-from jointfuse.model.layers import serves
+from jointfuse.model.backbones import Description, pretrained_config, vision_backbone
 from jointfuse.model.network import Network
 from jointfuse.train.objective import Objective
 
@@ -48,7 +45,9 @@ def objective_of_shapes(config: Config, classes: int, accumulation: int, vocabul
             if settings.weights:
                 known[part] = _language(settings, f"model.{part}.weights")
     if model.modality != "text" and model.vision.weights:
-        known["vision"] = _vision(model.vision, 1 + round(config.data.max_seconds * FRAMES_PER_SECOND))
+        frames = 1 + round(config.data.max_seconds * FRAMES_PER_SECOND)
+        with torch.device("meta"):
+            known["vision"] = vision_backbone(model.vision, frames, pretrained=False)[1]
     with torch.device("meta"):
         network = Network(
             model,
@@ -76,19 +75,3 @@ def _language(settings: BackboneSettings, setting: str) -> Description:
         if settings.dropout is not None:
             config.hidden_dropout_prob = config.attention_probs_dropout_prob = settings.dropout
     return {key: value for key, value in config.to_dict().items() if key not in ("architectures", "dtype")}
-
-
-def _vision(settings: VisionSettings, frames: int) -> Description:
-    assert settings.weights is not None
-    name, sizes = timm_name(settings.weights), vision_sizes(settings, frames)
-    try:
-        with torch.device("meta"):
-            model = timm.create_model(name, pretrained=False, **sizes)
-    except Exception as error:  # timm and its transports raise kinds of their own
-        raise UserError(
-            f"model.vision.weights: the sizes of '{settings.weights}' are not known here "
-            f"({' '.join(str(error).split())[:200]}); name an architecture of timm or a local folder"
-        ) from error
-    if not serves(model):
-        raise UserError(cannot_serve(settings.weights, model))
-    return {"architecture": name, "arguments": sizes}

@@ -121,10 +121,14 @@ def _unavailable(weights: str, setting: str, error: Exception) -> str:
 
 
 def vision_backbone(
-    settings: VisionSettings, frames: int, description: Description | None = None
+    settings: VisionSettings, frames: int, description: Description | None = None, pretrained: bool = True
 ) -> tuple[VisionTransformer, Description]:
     """A timm VisionTransformer for one-channel images of 80 mel bins x `frames`, its patch kernel and positions
     resampled from the checkpoint's.
+
+    Args:
+        description: of an exported model; nothing pretrained is read then.
+        pretrained: false: of that architecture, with random weights.
 
     Returns:
         The model (float32) and its description.
@@ -132,7 +136,17 @@ def vision_backbone(
     Raises:
         UserError: weights that cannot be had, or a model that is no VisionTransformer with a class token.
     """
-    sizes = vision_sizes(settings, frames)
+    patch = tuple(settings.patch)
+    time_patches = -(-frames // patch[1])
+    sizes: dict[str, Any] = {
+        "img_size": (80, time_patches * patch[1]),
+        "patch_size": patch,
+        "in_chans": 1,
+        "num_classes": 0,
+        "global_pool": "token",
+        "proj_drop_rate": settings.dropout or 0.0,
+        "drop_path_rate": settings.drop_path,
+    }
     setting = "model.vision.weights"
     if description is None and settings.scratch:
         scratch = settings.scratch
@@ -144,43 +158,25 @@ def vision_backbone(
         arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in description["arguments"].items()}
         return timm.create_model(description["architecture"], pretrained=False, **arguments), description
     assert settings.weights is not None
-    if not Path(settings.weights).is_dir() and _looks_like_path(settings.weights):
+    local = Path(settings.weights).is_dir()
+    if not local and _looks_like_path(settings.weights):
         raise UserError(f"{setting}: there is no folder '{settings.weights}'")
-    name = timm_name(settings.weights)
+    name = f"local-dir:{settings.weights}" if local else settings.weights
     try:
-        model = timm.create_model(name, pretrained=True, **sizes)
+        model = timm.create_model(name, pretrained=pretrained, **sizes)
     except (TypeError, AssertionError) as error:
         # The arguments are those of a VisionTransformer: something else takes offence at them.
-        raise UserError(cannot_serve(settings.weights, timm.create_model(name, pretrained=False))) from error
+        raise UserError(_cannot_serve(settings.weights, timm.create_model(name, pretrained=False))) from error
     except Exception as error:  # timm, the hub and their transports raise kinds of their own
         raise UserError(_unavailable(settings.weights, setting, error)) from error
     if not serves(model):
-        raise UserError(cannot_serve(settings.weights, model))
+        raise UserError(_cannot_serve(settings.weights, model))
     architecture = model.pretrained_cfg.get("architecture") or settings.weights
     # A folder or hub repository may change its architecture's widths and depth: those are arguments too.
     return model, {"architecture": architecture, "arguments": get_model_args(model) | sizes}
 
 
-def vision_sizes(settings: VisionSettings, frames: int) -> dict[str, Any]:
-    """timm's arguments for images of 80 mel bins x `frames`."""
-    patch = tuple(settings.patch)
-    return {
-        "img_size": (80, -(-frames // patch[1]) * patch[1]),
-        "patch_size": patch,
-        "in_chans": 1,
-        "num_classes": 0,
-        "global_pool": "token",
-        "proj_drop_rate": settings.dropout or 0.0,
-        "drop_path_rate": settings.drop_path,
-    }
-
-
-def timm_name(weights: str) -> str:
-    """What timm calls a local folder or a name on the hub."""
-    return f"local-dir:{weights}" if Path(weights).is_dir() else weights
-
-
-def cannot_serve(weights: str, model: torch.nn.Module) -> str:
+def _cannot_serve(weights: str, model: torch.nn.Module) -> str:
     return (
         f"model.vision.weights: '{weights}' is a {type(model).__name__} that cannot serve; choose a model of timm's "
         f"VisionTransformer family with a class token and learned positions"
