@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_fixtures import SIZES, Stopped, corpus, recipe, stage_file, trainer
 
 from jointfuse import cli
-from jointfuse.capacity import plan
 from jointfuse.bench.device import Collectives, peak_bytes, status
+from jointfuse.capacity import plan
 from jointfuse.capacity.corpus import corpus_of
 from jointfuse.capacity.plan import MODES, Plan, make_plan
 from jointfuse.capacity.pool import share_without_partner

@@ -1,6 +1,5 @@
 """A recipe, a number of ranks and two rates, put together into what a training needs."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -39,7 +38,7 @@ class Plan:
     config: Config
     device: Device
     division: Division
-    parts: dict[str, list[int]]  # elements trained and frozen
+    sizes: Sizes
     corpus: Corpus
     longest: Lengths
     memory: dict[str, Memory]  # by DeepSpeed file, with the recipe's checkpointing
@@ -118,7 +117,7 @@ def make_plan(
         config=config,
         device=device,
         division=division,
-        parts=_parts(objective),
+        sizes=sizes,
         corpus=corpus,
         longest=longest,
         memory={name: memory(one, settings.checkpointing) for name, one in files.items()},
@@ -150,16 +149,6 @@ def _sizes(objective: Objective, config: Config) -> Sizes:
     groups = parameter_groups(objective, config.train)
     frozen = [parameter.numel() for parameter in objective.parameters() if not parameter.requires_grad]
     return Sizes([[parameter.numel() for parameter in group["params"]] for group in groups], frozen)
-
-
-def _parts(objective: Objective) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for part, _, parameter in objective.network.parts():
-        found[part][not parameter.requires_grad] += parameter.numel()
-    temperature = objective.trained_temperature
-    if temperature is not None:
-        found["temperature"][not temperature.requires_grad] += temperature.numel()
-    return dict(found)
 
 
 def _step(objective: Objective, config: Config, division: Division) -> Step:

@@ -37,12 +37,12 @@ class States:
     frozen: int
     gradients: int  # before the optimizer's step
     optimizer: int
-    host: int
-    held: int  # of the gradients, while a micro-step goes forward
-    buckets: int  # in which gradients wait to be reduced
-    gathered: int  # parameters of other ranks, for the time of a micro-step
-    reducing: int  # beside gradients and buckets, while these are reduced
-    updating: int  # beside gradients, while the optimizer works
+    host: int = 0
+    held: int = 0  # of the gradients, while a micro-step goes forward
+    buckets: int = 0  # in which gradients wait to be reduced
+    gathered: int = 0  # parameters of other ranks, for the time of a micro-step
+    reducing: int = 0  # beside gradients and buckets, while these are reduced
+    updating: int = 0  # beside gradients, while the optimizer works
 
     @property
     def resting(self) -> int:
@@ -73,10 +73,7 @@ def _whole(file: ZeroFile, sizes: Sizes, accumulates: bool) -> States:
         frozen=file.weight * sum(sizes.frozen),
         gradients=file.weight * n,
         optimizer=(ADAM + MASTER * half) * n,
-        host=0,
         held=file.weight * n * accumulates,
-        buckets=0,
-        gathered=0,
         reducing=file.weight * min(n, BUCKET),
         updating=MASTER * n * half,
     )
@@ -90,12 +87,8 @@ def _optimizer_in_parts(file: ZeroFile, sizes: Sizes, ranks: int, accumulates: b
         frozen=file.weight * sum(sizes.frozen),
         gradients=summed + passing,
         optimizer=(ADAM + MASTER) * padded // ranks,
-        host=0,
         held=summed + passing * accumulates,
-        buckets=0,
-        gathered=0,
         reducing=(file.gradient + file.wire) * min(padded, BUCKET),
-        updating=0,
     )
 
 
@@ -125,7 +118,6 @@ def _in_parts(file: ZeroFile, sizes: Sizes, ranks: int, rank: int, accumulates: 
         host=host,
         held=(gradients if file.stage == 2 else whole) * accumulates,
         buckets=file.buckets * staged * file.bucket * on_gpu,
-        gathered=0,
         # A bucket is laid out anew before it is sent; where gradients are kept as they are, they come after that.
         reducing=whole + twice + waiting * (not on_gpu) + (waiting if file.compact else max(0, waiting - gradients)),
         updating=0 if file.host_optimizer else max(MASTER * max(padded) // ranks, NORM * sizes.largest),

@@ -11,13 +11,14 @@ UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    division = plan.division
+    division, sizes = plan.division, plan.sizes
     console.print(
-        f"{plan.config.recipe}: batch {plan.config.train.batch} = {division.world_size} ranks x "
+        f"{plan.config.recipe}: {(sizes.trained + sum(sizes.frozen)) / 1e6:,.1f} M parameters "
+        f"({sizes.trained / 1e6:,.1f} M trained), batch {plan.config.train.batch} = {division.world_size} ranks x "
         f"{division.accumulation} accumulated x {division.micro_batch}",
         highlight=False,
     )
-    for table in (_parts(plan), _memory(plan), _activations(plan), _wire(plan), _pool(plan), _time(plan)):
+    for table in (_memory(plan), _activations(plan), _wire(plan), _pool(plan), _time(plan)):
         if table.row_count:
             console.print(table)
     for assumption in plan.assumptions:
@@ -28,15 +29,6 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
-    return table
-
-
-def _parts(plan: Plan) -> Table:
-    table = _table("parameters, millions", "part", "trained", "frozen")
-    for part, (trained, frozen) in plan.parts.items():
-        table.add_row(part, f"{trained / 1e6:,.3f}", f"{frozen / 1e6:,.3f}")
-    trained, frozen = (sum(part[column] for part in plan.parts.values()) for column in (0, 1))
-    table.add_row("all", f"{trained / 1e6:,.3f}", f"{frozen / 1e6:,.3f}", style="bold")
     return table
 
 
