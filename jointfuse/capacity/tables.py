@@ -94,36 +94,38 @@ def _pool(plan: Plan) -> Table:
 
 
 def _time(plan: Plan) -> Table:
-    rates, batch = plan.rates, plan.config.train.batch
+    rates = plan.rates
     table = _table(f"a step of utterances of {plan.lengths}", "what", "10^12 operations", "ms", "utterances/s")
 
-    def add(what: str, seconds: float, *figures: str) -> None:
-        table.add_row(
-            what, *(figures or ("",)), f"{1000 * seconds:,.3f}", f"{batch / seconds:,.0f}" if not figures else ""
-        )
+    def add(what: str, operations: int | None, seconds: float, whole: bool = False) -> None:
+        done = "" if operations is None else f"{operations / 1e12:,.4f}"
+        table.add_row(what, done, three(1000 * seconds), three(plan.config.train.batch / seconds) if whole else "")
 
     for what, operations in plan.operations.items():
-        add(what, operations / rates.reached, f"{operations / 1e12:,.4f}")
-    computing, communicating = sum(plan.operations.values()) / rates.reached, plan.communicating
-    if communicating is None:
-        add("a step, without what is sent", computing)
-    else:
-        add(f"sending {size(plan.sent)}", communicating, "")
+        add(what, operations, operations / rates.reached)
+    operations = sum(plan.operations.values())
+    computing, communicating = operations / rates.reached, plan.communicating
+    add("computing", operations, computing, whole=not communicating)
+    table.caption = f"{rates.share:.0%} of {three(rates.operations / 1e12)} Tflop/s ({rates.operations_from})"
+    if communicating:
+        add(f"sending {size(plan.sent)}", None, communicating)
         table.add_section()
-        add("a step, one after the other", computing + communicating)
-        add("a step, both at the same time", max(computing, communicating))
-    bandwidth = f"{rates.bandwidth / 1e9:,.4g} GB/s" if rates.bandwidth else "no rate"
-    table.caption = (
-        f"{rates.share:.0%} of {rates.operations / 1e12:,.4g} Tflop/s ({rates.operations_from}); "
-        f"{bandwidth} out of a rank ({rates.bandwidth_from})"
-    )
+        add("a step, one after the other", None, computing + communicating, whole=True)
+        add("a step, both at the same time", None, max(computing, communicating), whole=True)
+    if plan.sent:
+        bandwidth = f"{three(rates.bandwidth / 1e9)} GB/s out of a rank " if rates.bandwidth else "sending "
+        table.caption = f"{table.caption}; {bandwidth}({rates.bandwidth_from})"
     return table
 
 
 def size(number: int) -> str:
-    """Bytes as people read them, three digits."""
+    """Bytes as people read them."""
     for unit, name in UNITS:
         if number >= unit:
-            digits = 2 if number < 10 * unit else 1 if number < 100 * unit else 0
-            return f"{number / unit:,.{digits}f} {name}"
+            return f"{three(number / unit)} {name}"
     return f"{number} B"
+
+
+def three(number: float) -> str:
+    """About three digits, and all of those before the point."""
+    return f"{number:,.{sum(number < limit for limit in (1, 10, 100))}f}"
