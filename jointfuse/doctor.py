@@ -53,6 +53,7 @@ def examine(run: Path, ranks: int, nodes: Nodes, console: Console) -> list[Node]
         found = [_this(folder, sees_folder=True)]
         _compare(found, ranks, folder)
     else:
+        os.environ |= nodes.environment()
         try:
             torch.distributed.init_process_group(
                 "gloo", f"tcp://{nodes.master}", timeout=WAIT, world_size=nodes.number, rank=nodes.rank
@@ -73,6 +74,8 @@ def examine(run: Path, ranks: int, nodes: Nodes, console: Console) -> list[Node]
                 "open, and do GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network between the nodes?"
             ) from error
     if nodes.rank == 0:
+        versions = ", ".join(f"{package} {number}" for package, number in found[0].packages.items())
+        console.print(f"Python {found[0].python}, {versions}", soft_wrap=True, highlight=False)
         console.print(_table(found))
     return found
 
@@ -140,9 +143,7 @@ def _compare(found: list[Node], ranks: int, folder: Path) -> None:
 
 
 def _table(found: list[Node]) -> Table:
-    first = found[0]
-    versions = ", ".join(f"{package} {number}" for package, number in first.packages.items())
-    table = Table(title=f"Python {first.python}, {versions}", title_justify="left")
+    table = Table()
     for name in ("node", "devices", "cores", "free, GiB"):
         table.add_column(name, justify="left" if name in ("node", "devices") else "right")
     for node in found:

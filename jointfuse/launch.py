@@ -1,10 +1,13 @@
 """Jobs of several ranks, started by the DeepSpeed launcher on every machine they run on, checked before they start."""
 
+import fcntl
 import os
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from jointfuse.interruption import JOB, POLL, STOPPED, Job, shielded
 from jointfuse.ranks import USER_ERROR, free_port
 
 INTERRUPTED = 130  # exit status after a second Ctrl-C
+GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,30 @@ class Nodes:
     def address(self) -> tuple[str, str]:
         host, _, port = (self.master or f"127.0.0.1:{free_port()}").rpartition(":")
         return host, port
+
+    def environment(self) -> dict[str, str]:
+        """Where gloo listens on this machine: at the interface that leads to node 0. Left alone, gloo takes whatever
+        the host's name stands for, which Debian makes an address that no other machine can reach."""
+        if self.number == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
+            return {}
+        interface = _interface_towards(self.address[0])
+        return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
+
+
+def _interface_towards(host: str) -> str | None:
+    """The name of the network interface that packets to a host leave by; None where that cannot be told (IPv6)."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing
+            own = socket.inet_aton(probe.getsockname()[0])
+            for _, name in socket.if_nameindex():
+                with suppress(OSError):  # an interface without an address
+                    answer = fcntl.ioctl(probe, GET_ADDRESS, struct.pack("256s", name.encode()))
+                    if answer[20:24] == own:
+                        return name
+    except OSError:
+        pass
+    return None
 
 
 def check_train(config: Config, run: Path, resume: bool, ranks: int) -> None:
@@ -124,7 +152,7 @@ def launch(
     """
     import torch
 
-    environment = dict(os.environ)
+    environment = os.environ | nodes.environment()
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")

@@ -28,7 +28,15 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
 
+# These begin, so that none of them runs alone at the end of several processes.
+LONGEST = ["readme", "slurm", "interruption", "two_hosts", "saves", "launcher", "switches", "pools", "accumulation"]
+
 _skipped: dict[str, str] = {}  # required tests that did not run, and why
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

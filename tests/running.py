@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from jointfuse.train.checkpoint import latest_checkpoint
 
 LIMIT = 120  # seconds for what takes a few
@@ -67,3 +70,11 @@ def saved_step(run: Path) -> int:
 def losses(run: Path) -> dict[int, float]:
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+
+
+def follows(logged: dict[int, float], of_every_step: np.ndarray, tolerance: float) -> None:
+    """Each line of the log holds the mean loss of the steps since the line before."""
+    last = 0
+    for step, loss in sorted(logged.items()):
+        assert loss == pytest.approx(np.mean(of_every_step[last:step]), abs=tolerance, rel=0), step
+        last = step

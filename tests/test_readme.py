@@ -29,16 +29,11 @@ SHORTER = {
     "deepspeed --num_gpus 2 --module jointfuse.train --recipe demo --run runs/demo data.corpus=corpora/demo": {
         "--recipe demo": f"--recipe demo {FEW}",
     },
+    "jointfuse doctor --run runs/cluster --ranks 2": {},
     "python -m jointfuse.bench icl": {
         "bench icl": "bench icl --rows 64 --width 16 --repeats 1 --only 'jointfuse tiled' --only 'dense torch'"
     },
     "python -m jointfuse.bench block": {"bench block": "bench block --patches 9 --width 64 --repeats 1"},
-    "python -m jointfuse.bench step --recipe demo data.corpus=corpora/demo": {
-        "--recipe demo": "--recipe demo --steps 2 data.workers=0"
-    },
-    "python -m jointfuse.bench checkpointing --recipe demo data.corpus=corpora/demo": {
-        "--recipe demo": "--recipe demo --steps 1 data.workers=0"
-    },
     "python -m jointfuse.bench data --corpus corpora/demo": {"bench data": "bench data --repeats 1 --workers 1"},
     "python -m jointfuse.bench plan --utterances 100000000 --shards 100000": {
         "--utterances 100000000 --shards 100000": "--utterances 10000 --shards 100"
@@ -52,6 +47,9 @@ IN_CI = [
     "bash tools/quickstart.sh",
     "bash tools/test.sh",
     "jointfuse compare --recipe small --seeds 3 --ranks 2 --out runs/compare data.corpus=corpora/mine",
+]
+IN_TEST_BENCH = [
+    f"python -m jointfuse.bench {one} --recipe demo data.corpus=corpora/demo" for one in ("step", "checkpointing")
 ]
 
 
@@ -67,7 +65,9 @@ def commands() -> list[str]:
 
 def test_every_command_of_the_readme_is_run_here_or_in_ci() -> None:
     here_or_in_ci = [command for command in commands() if not command.startswith("sbatch ")]
-    assert sorted(here_or_in_ci) == sorted([*IN_CI, *SHORTER]), "those of sbatch are in test_slurm_scripts.py"
+    assert sorted(here_or_in_ci) == sorted([*IN_CI, *IN_TEST_BENCH, *SHORTER]), (
+        "those of sbatch are in test_slurm_scripts.py"
+    )
     script = (PROJECT / ".ci" / "run").read_text(encoding="utf-8")
     assert all(command in script for command in IN_CI[:2])
     assert "\njointfuse compare --recipe demo" in (PROJECT / "tools" / "quickstart.sh").read_text(encoding="utf-8")

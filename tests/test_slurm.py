@@ -4,13 +4,11 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from distributed import run_ranks
-from running import losses, processes_of, saved_step, step_of, until
+from running import follows, losses, processes_of, saved_step, step_of, until
 from slurm_cluster import Cluster
 from training_fixtures import DROPOUT, corpus, recipe, train
 
@@ -21,12 +19,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 STEPS = 40
 SETTINGS = (f"train.steps={STEPS}", "train.save_every=5 steps", "data.workers=1", *DROPOUT)
 LIMIT = 240  # seconds for a start and the steps that are waited for
-
-
-@pytest.fixture(scope="module")
-def slurm(running_cluster: Cluster) -> Iterator[Cluster]:
-    yield running_cluster
-    running_cluster.clear()
 
 
 def ranks_of(run: Path) -> list[int]:
@@ -41,35 +33,86 @@ def ranks_of(run: Path) -> list[int]:
     return found
 
 
-def submit(slurm: Cluster, nodes: str, recipe: Path, run: Path, *settings: str) -> str:
-    path = os.pathsep.join([str(Path(sys.executable).parent), slurm.environment["PATH"]])
+def submit(cluster: Cluster, nodes: str, recipe: Path, run: Path, *settings: str) -> str:
+    path = os.pathsep.join([str(Path(sys.executable).parent), cluster.environment["PATH"]])
     arguments = ["--recipe", str(recipe), "--run", str(run), "--ranks", "1", *settings]
-    return slurm.sbatch(f"--nodes={nodes}", "slurm/train.sbatch", *arguments, cwd=PROJECT, environment={"PATH": path})
+    return cluster.sbatch(f"--nodes={nodes}", "slurm/train.sbatch", *arguments, cwd=PROJECT, environment={"PATH": path})
 
 
 def test_preempted_and_killed_a_job_ends_with_the_losses_of_one_that_never_was(
-    slurm: Cluster, recipe: Path, tmp_path: Path
+    cluster: Cluster, recipe: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    job = submit(slurm, "2", recipe, run, *SETTINGS)
-    slurm.wait_for(job, rf"step \d+/{STEPS}", limit=LIMIT)
-    slurm.signal(job, "USR2")
-    slurm.wait_for(job, r"status 3, to be started again", limit=LIMIT)
+    job = submit(cluster, "2", recipe, run, *SETTINGS)
+    cluster.wait_for(job, rf"step \d+/{STEPS}", limit=LIMIT)
+    cluster.signal(job, "USR2")
+    cluster.wait_for(job, r"status 3, to be started again", limit=LIMIT)
     stopped = saved_step(run)
-    assert f"stopped at step {stopped} when asked to" in slurm.output(job)
+    assert f"stopped at step {stopped} when asked to" in cluster.output(job)
     assert processes_of(run) == []
-    slurm.wait_for(job, rf"resumed at step {stopped} ", limit=LIMIT)
+    cluster.wait_for(job, rf"resumed at step {stopped} ", limit=LIMIT)
     until("five steps more", lambda: step_of(run) >= stopped + 5)
     os.kill(ranks_of(run)[-1], signal.SIGKILL)
-    slurm.wait_for(job, r"status [^3].*, to be started again", limit=LIMIT)
-    slurm.wait(job, "COMPLETED", limit=LIMIT)
-    assert len(re.findall("resumed at step", slurm.output(job))) == 2
+    cluster.wait_for(job, r"status [^3].*, to be started again", limit=LIMIT)
+    cluster.wait(job, "COMPLETED", limit=LIMIT)
+    assert len(re.findall("resumed at step", cluster.output(job))) == 2
     assert processes_of(run) == []
     assert (run / "status").read_text() == "finished\n"
     whole = run_ranks(2, train, tmp_path / "ranks", recipe, tmp_path / "whole", *SETTINGS)[0]
-    rows = {row["step"]: row["loss"] for row in whole.rows if row["kind"] == "train"}
-    last = 0
-    for step, loss in sorted(losses(run).items()):
-        assert loss == pytest.approx(np.mean([rows[one] for one in range(last + 1, step + 1)]), abs=1e-6, rel=0)
-        last = step
-    assert last == STEPS
+    follows(losses(run), whole.losses[:, 0], tolerance=1e-6)
+    assert max(losses(run)) == STEPS
+
+
+def test_without_its_second_node_a_job_goes_on_with_half_the_ranks(
+    cluster: Cluster, recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = (f"train.steps={STEPS}", "train.save_every=5 steps", "train.deepspeed=zero1")
+    job = submit(cluster, "1-2", recipe, run, *settings)
+    cluster.wait_for(job, rf"step \d+/{STEPS}", limit=LIMIT)
+    assert cluster.job(job)["NumNodes"] == "2"
+    cluster.kill_node("nodeB")
+    cluster.wait_for(job, r"resumed at step \d+ .*, from 2 ranks ZeRO-1 to 1 rank ZeRO-1", limit=LIMIT)
+    cluster.wait(job, "COMPLETED", limit=LIMIT)
+    assert (cluster.job(job)["NumNodes"], cluster.job(job)["NodeList"]) == ("1", "nodeA")
+    assert processes_of(run) == []
+    whole = run_ranks(2, train, tmp_path / "ranks", recipe, tmp_path / "whole", *settings)[0]
+    follows(losses(run), whole.losses[:, 0], tolerance=1e-4)
+    assert max(losses(run)) == STEPS
+
+
+def test_out_of_time_and_requeued_a_job_stops_with_a_checkpoint_and_goes_on(
+    cluster: Cluster, recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = ("train.steps=400", "train.decay=constant", "train.warmup=0", "train.save_every=1000 steps", *DROPOUT)
+    job = submit(cluster, "1", recipe, run, *settings)
+    cluster.wait_for(job, r"step \d+/400", limit=LIMIT)
+    # Slurm looks at the clock twice a minute; until it does, the run stands still.
+    (rank,) = ranks_of(run)
+    os.kill(rank, signal.SIGSTOP)
+    cluster.run("scontrol", "update", f"jobid={job}", "timelimit=2")
+    until("the warning before the time is up", lambda: is_pending(rank, signal.SIGUSR2))
+    cluster.run("scontrol", "update", f"jobid={job}", "timelimit=UNLIMITED")
+    os.kill(rank, signal.SIGCONT)
+    cluster.wait_for(job, r"status 3, to be started again", limit=LIMIT)
+    stopped = saved_step(run)
+    cluster.wait_for(job, rf"resumed at step {stopped} ", limit=LIMIT)
+    until("five steps more", lambda: step_of(run) >= stopped + 5)
+    cluster.requeue(job)
+    until("a later checkpoint", lambda: saved_step(run) > stopped)
+    cluster.wait_for(job, rf"resumed at step {saved_step(run)} ", limit=LIMIT)
+    until("five steps more", lambda: step_of(run) >= saved_step(run) + 5)
+    cluster.run("scancel", job)
+    cluster.wait(job, "CANCELLED", limit=LIMIT)
+    assert cluster.job(job)["Restarts"] == "2"
+    last = max(losses(run))
+    whole = run_ranks(1, train, tmp_path / "ranks", recipe, tmp_path / "whole", *settings, f"train.steps={last}")[0]
+    follows(losses(run), whole.losses[:, 0], tolerance=1e-6)
+
+
+def is_pending(process: int, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{process}/status").read_text()
+    return any(
+        int(mask, 16) >> (number - 1) & 1 for mask in re.findall(r"^(?:Sig|Shd)Pnd:\s+(\w+)", status, re.MULTILINE)
+    )

@@ -48,6 +48,7 @@ def read_on(corpus: Path, folder: Path, workers: int, die_in: int | None) -> Non
     batches = stream(reader, plan.share(EPOCH, start, world_size, rank, accumulation), workers)
     for number in range(start, plan.steps_per_epoch):
         if number == die_in:
+            dist.barrier()  # the first to die ends all of them, and the log is not written yet
             os.kill(os.getpid(), signal.SIGKILL)
         mine = [[batch.ids.tolist(), batch.valid.tolist()] for batch in islice(batches, accumulation)]
         held: list[Any] = [None] * world_size

@@ -5,5 +5,5 @@
 ruff check .
 ruff format --check .
 mypy
-# Two processes at most: each of them starts up to four ranks.
-python -m pytest -n 2 --dist loadfile "$@"
+# Three at a time, a file each: some wait for a cluster, others start up to four ranks.
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
