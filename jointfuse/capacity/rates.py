@@ -9,7 +9,7 @@ import torch.distributed as dist
 from jointfuse.bench.device import device, device_name, matmul_rate, seconds
 from jointfuse.bench.ranks import on_ranks
 
-SENT = 2**25  # bytes of the all-reduce that is timed
+SENT = {"cuda": 2**28, "cpu": 2**22}  # bytes of the all-reduce that is timed
 REPEATS = 5
 
 
@@ -47,8 +47,9 @@ def measured_rates(tera: float | None, giga: float | None, share: float, dtype: 
 
 def _ring_rate() -> float:
     """Bytes a second that leave this rank in an all-reduce; the best of several."""
-    given = torch.ones(SENT // 4, device=device())
+    sent = SENT[device().type]
+    given = torch.ones(sent // 4, device=device())
     dist.all_reduce(given)
     fastest = min(seconds(lambda: dist.all_reduce(given)) for _ in range(REPEATS))
     ranks = dist.get_world_size()
-    return 2 * SENT * (ranks - 1) / ranks / fastest
+    return 2 * sent * (ranks - 1) / ranks / fastest
