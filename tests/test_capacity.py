@@ -150,7 +150,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, ...]
 @pytest.fixture(scope="module")
 def ranks(recipe: Path, cases: dict[str, tuple[str, ...]], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp("measured")
-    return run_ranks(2, every_step, folder / "ranks", recipe, folder, cases)
+    return run_ranks(2, every_step, folder / "ranks", recipe, folder, cases, limit=500)
 
 
 def plan_of(recipe: Path | str, ranks: int, *settings: str, device: Any = "gpu", vocabulary: int | None = None) -> Plan:

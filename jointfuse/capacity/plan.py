@@ -198,7 +198,7 @@ def _assumptions(config: Config, device: Device, corpus: Corpus, file: ZeroFile,
             "more bytes than are counted here (loss.pool=micro does not)"
         )
     if step.width:
-        whose = f"of {corpus.name}" if corpus.name else "given (--counts); with data.corpus, its own"
+        whose = f"in {corpus.name}" if corpus.name else "given (--counts); with data.corpus, its own"
         drawn = "one by one, as data.balance and the corpora's weights have it" if corpus.shares else "each once"
         said.append(f"partners: utterances of each class as {whose}; drawn at random, {drawn}")
     return said
