@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -21,6 +21,7 @@ Recipe = Annotated[str, typer.Option(help="a recipe by name, or a path to a .yam
 Ranks = Annotated[int, typer.Option(min=1, help="processes on this machine, one a GPU")]
 NumberOfNodes = Annotated[int, typer.Option("--nodes", min=1, help="machines; the command runs on each of them")]
 NodeRank = Annotated[int, typer.Option(help="which of them this is, from 0")]
+MELD = "4710,1743,1205,1109,683,271,268"  # its training utterances
 Master = Annotated[str, typer.Option(help="HOST:PORT at which node 0 is reached", show_default=False)]
 
 
@@ -86,6 +87,33 @@ def compare(
     from jointfuse.experiments.modalities import compare_modalities
 
     compare_modalities(recipe, overrides or [], out, ranks, seeds, Console())
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="ranks of a node")] = 1,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="10^12 operations a second of a GPU in large matrix products")
+    ] = None,
+    share: Annotated[float, typer.Option(min=0.01, max=1, help="of that rate, what a whole step reaches")] = 0.5,
+    bandwidth: Annotated[float | None, typer.Option(min=0.001, help="10^9 bytes a second that leave a GPU")] = None,
+    counts: Annotated[str, typer.Option(help="utterances of each class, where data.corpus is not set")] = MELD,
+    device: Annotated[Literal["gpu", "cpu"], typer.Option(help="that trains")] = "gpu",
+    overrides: Overrides = None,
+) -> None:
+    """Memory, bytes on the wire, time of a step and the contrastive pool, before anything is trained.
+
+    A rate that is not given is measured on this machine.
+    """
+    from jointfuse.capacity.corpus import read_counts
+    from jointfuse.capacity.plan import plan_recipe
+    from jointfuse.capacity.tables import print_plan
+
+    config = load_config(recipe, overrides or [])
+    made = plan_recipe(config, nodes * gpus_per_node, device, read_counts(counts), tflops, bandwidth, share)
+    print_plan(made, Console(width=None if sys.stdout.isatty() else 100))
 
 
 @app.command()

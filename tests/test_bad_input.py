@@ -207,6 +207,31 @@ def test_a_run_that_exists_is_not_written_over(refused: Refused, recipe: Path, s
 
 
 @pytest.mark.parametrize(
+    ("recipe", "arguments", "says"),
+    [
+        ("paper-large", ["--nodes", 128, "--gpus-per-node", 8], "over 1024 ranks; set train.batch=1024, or another"),
+        ("paper-lagre", [], "there is no recipe 'paper-lagre', did you mean 'paper-large'?"),
+        (
+            "paper-large",
+            ["model.language.weights=nobody/knows"],
+            "model.language.weights: the pretrained weights 'nobody/knows' cannot",
+        ),
+        (
+            "paper-large",
+            ["model.vision.weights=vit_of_nobody"],
+            "model.vision.weights: the pretrained weights 'vit_of_nobody' cannot",
+        ),
+        ("paper-large", ["model.vision.weights=resnet18"], "'resnet18' is a ResNet that cannot serve"),
+        ("paper-large", ["--counts", "12,none"], "--counts 12,none: write the utterances of each class"),
+        ("paper-large", ["train.deepspeed=nowhere.json"], "train.deepspeed: nowhere.json cannot be read"),
+        ("paper-large", ["data.corpus=nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(refused: Refused, recipe: str, arguments: list[object], says: str) -> None:
+    assert says in refused("plan", "--recipe", recipe, "--tflops", 1, "--bandwidth", 1, *arguments)
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--ranks", 2, "train.lr=2e-3"], "was written with train.lr = 0.001, this run has 0.002"),

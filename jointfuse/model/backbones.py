@@ -61,10 +61,7 @@ def language_backbone(
             )
         )
     else:
-        config = _pretrained(AutoConfig, settings.weights, setting)
-        require_language_family(config, setting)
-        if settings.dropout is not None:
-            config.hidden_dropout_prob = config.attention_probs_dropout_prob = settings.dropout
+        config = pretrained_config(settings, setting)
         model, report = _pretrained(
             AutoModel, settings.weights, setting, config=config, dtype=torch.float32, output_loading_info=True
         )
@@ -79,6 +76,15 @@ def language_backbone(
         model.pooler = None
     kept = {k: v for k, v in model.config.to_dict().items() if k not in ("architectures", "_name_or_path", "dtype")}
     return model, kept
+
+
+def pretrained_config(settings: BackboneSettings, setting: str) -> Any:
+    """The sizes of a pretrained encoder, without its weights. Raises UserError where they cannot be had or used."""
+    config = _pretrained(AutoConfig, settings.weights, setting)
+    require_language_family(config, setting)
+    if settings.dropout is not None:
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = settings.dropout
+    return config
 
 
 def pretrained_tokenizer(settings: BackboneSettings, setting: str) -> PreTrainedTokenizerBase:
@@ -115,10 +121,14 @@ def _unavailable(weights: str, setting: str, error: Exception) -> str:
 
 
 def vision_backbone(
-    settings: VisionSettings, frames: int, description: Description | None = None
+    settings: VisionSettings, frames: int, description: Description | None = None, pretrained: bool = True
 ) -> tuple[VisionTransformer, Description]:
     """A timm VisionTransformer for one-channel images of 80 mel bins x `frames`, its patch kernel and positions
     resampled from the checkpoint's.
+
+    Args:
+        description: of an exported model; nothing pretrained is read then.
+        pretrained: false: of that architecture, with random weights.
 
     Returns:
         The model (float32) and its description.
@@ -153,7 +163,7 @@ def vision_backbone(
         raise UserError(f"{setting}: there is no folder '{settings.weights}'")
     name = f"local-dir:{settings.weights}" if local else settings.weights
     try:
-        model = timm.create_model(name, pretrained=True, **sizes)
+        model = timm.create_model(name, pretrained=pretrained, **sizes)
     except (TypeError, AssertionError) as error:
         # The arguments are those of a VisionTransformer: something else takes offence at them.
         raise UserError(_cannot_serve(settings.weights, timm.create_model(name, pretrained=False))) from error

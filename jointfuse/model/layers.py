@@ -195,7 +195,8 @@ def serves(model: Any) -> bool:
 
 @torch.no_grad()
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    linear = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    kind = {"dtype": weight.dtype, "device": weight.device}
+    linear = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, **kind)
     linear.weight.copy_(weight)
     if bias is not None:
         linear.bias.copy_(bias)

@@ -18,6 +18,8 @@ from jointfuse.errors import UserError
 from jointfuse.train.objective import Objective
 from jointfuse.train.quiet import deepspeed
 
+PACKAGE = Path(__file__).resolve().parents[1]
+DS_CONFIGS = (PACKAGE / "ds_configs", PACKAGE.parent / "ds_configs")
 LONGEST_BUILD = 1800  # seconds
 RECIPE_OWNS = {
     "train_batch_size": "train.batch",
@@ -41,7 +43,11 @@ class Division:
 def divide(settings: TrainSettings, world_size: int) -> Division:
     """Raises UserError where the global batch cannot be divided over the ranks."""
     if settings.batch % world_size:
-        raise UserError(f"train.batch = {settings.batch} cannot be divided over {world_size} ranks")
+        other = max(settings.batch // world_size, 1) * world_size
+        raise UserError(
+            f"train.batch = {settings.batch} cannot be divided over {world_size} ranks; set train.batch={other}, or "
+            "another multiple"
+        )
     a_rank = settings.batch // world_size
     micro = min(settings.micro_batch or a_rank, a_rank)
     if a_rank % micro:
@@ -57,13 +63,17 @@ def ds_config_path(name: str) -> Path:
     """ds_configs/NAME.json of the project, or a path to any JSON file. Raises UserError if there is none."""
     if name.endswith(".json"):
         return Path(name)
-    package = Path(__file__).resolve().parents[1]
-    folders = [package / "ds_configs", package.parent / "ds_configs"]
-    for folder in folders:
+    for folder in DS_CONFIGS:
         if (folder / f"{name}.json").exists():
             return folder / f"{name}.json"
-    known = sorted(path.stem for folder in folders for path in folder.glob("*.json"))
-    raise UserError(f"train.deepspeed = '{name}': choose one of {', '.join(known)}, or a path to a .json file")
+    raise UserError(
+        f"train.deepspeed = '{name}': choose one of {', '.join(ds_config_names())}, or a path to a .json file"
+    )
+
+
+def ds_config_names() -> list[str]:
+    """The shipped files."""
+    return sorted(path.stem for folder in DS_CONFIGS for path in folder.glob("*.json"))
 
 
 def read_ds_config(settings: TrainSettings) -> dict[str, Any]:
