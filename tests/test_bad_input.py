@@ -209,7 +209,11 @@ def test_a_run_that_exists_is_not_written_over(refused: Refused, recipe: Path, s
 @pytest.mark.parametrize(
     ("recipe", "arguments", "says"),
     [
-        ("paper-large", ["--nodes", 128, "--gpus-per-node", 8], "over 1024 ranks; set train.batch=1024, or another"),
+        (
+            "paper-large",
+            ["--nodes", 3],
+            "train.batch = 32 cannot be divided over 3 ranks; set train.batch=30",
+        ),
         ("paper-lagre", [], "there is no recipe 'paper-lagre', did you mean 'paper-large'?"),
         (
             "paper-large",

@@ -38,7 +38,7 @@ SHORTER = {
     "python -m jointfuse.bench plan --utterances 100000000 --shards 100000": {
         "--utterances 100000000 --shards 100000": "--utterances 10000 --shards 100"
     },
-    "jointfuse plan --recipe paper-large --nodes 128 --gpus-per-node 8 --tflops 700 --bandwidth 25 train.batch=4096": {
+    "jointfuse plan --recipe paper-large --nodes 128 --gpus-per-node 8 --tflops 700 --bandwidth 25": {
         "--recipe paper-large": "--recipe tiny.yaml data.corpus=corpora/mine",
     },
 }

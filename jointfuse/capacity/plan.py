@@ -1,7 +1,7 @@
 """A recipe, a number of ranks and two rates, put together into what a training needs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
@@ -73,11 +73,18 @@ def plan_recipe(
     giga: float | None,
     share: float,
 ) -> Plan:
-    """As make_plan, with what is not given taken from the corpus and measured on this machine. Raises UserError."""
+    """As make_plan, with what is not given taken from the corpus and measured on this machine. A recipe with fewer
+    utterances in a batch than there are ranks gets a micro-batch for each of them. Raises UserError."""
+    settings, said = config.train, []
+    if settings.batch < ranks:
+        batch = ranks * (settings.micro_batch or 1)
+        said.append(f"train.batch={batch}: a micro-batch a rank, since the recipe's {settings.batch} are too few")
+        config = config.model_copy(update={"train": settings.model_copy(update={"batch": batch})})
     divide(config.train, ranks)
     corpus = corpus_of(config, counts)
     precision = zero_file(read_ds_config(config.train)).precision
-    return make_plan(config, ranks, device, corpus, measured_rates(tera, giga, share, DTYPES[precision], ranks))
+    plan = make_plan(config, ranks, device, corpus, measured_rates(tera, giga, share, DTYPES[precision], ranks))
+    return replace(plan, assumptions=[*said, *plan.assumptions])
 
 
 def make_plan(
