@@ -61,11 +61,11 @@ def benchmark_step(
     Raises:
         UserError: settings that cannot be compared, or losses that are not the same.
     """
+    from jointfuse.data.mixture import open_for_training
     from jointfuse.train.engine import read_ds_config, zero_stage
-    from jointfuse.train.loop import open_corpus
 
     config = load_config(recipe, [*overrides, *STILL])
-    utterances = len(open_corpus(config).split("train").index)
+    utterances = len(open_for_training(config.data).split("train").index)
     if utterances < config.train.batch:
         raise UserError(f"train.batch = {config.train.batch}: the corpus has {utterances} utterances to train on")
     if zero_stage(read_ds_config(config.train)) == 3:

@@ -9,9 +9,8 @@ from jointfuse.capacity.rehearsal import Lengths
 from jointfuse.config import Config
 from jointfuse.data.columns import Positions
 from jointfuse.data.features import FRAMES_PER_SECOND
-from jointfuse.data.mixture import AnySplit, MixedSplit
+from jointfuse.data.mixture import AnySplit, MixedSplit, open_for_training
 from jointfuse.errors import UserError
-from jointfuse.train.loop import open_corpus
 
 CHARACTERS = 4  # of a token, in English
 SAMPLE = 10**6  # utterances of which the mean length is taken
@@ -40,7 +39,7 @@ def corpus_of(config: Config, counts: Sequence[int]) -> Corpus:
     """Of what the recipe trains on; with these counts where it names no corpus. Raises UserError."""
     name, split, mean = "", None, None
     if config.data.corpus or config.data.mix:
-        corpus = open_corpus(config)
+        corpus = open_for_training(config.data)
         name, split = corpus.name, corpus.split("train")
         counts, mean = list(split.info["label_counts"].values()), _mean_lengths(config, split)
     number, once = np.array(counts, dtype=np.float64), config.data.balance == "none"

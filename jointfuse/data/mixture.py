@@ -206,3 +206,11 @@ def open_data(settings: DataSettings, labels: Sequence[str] | None = None) -> An
         return corpora[0]
     weights = [one.weight for one in settings.mix] or [None]
     return Mixture(list(zip(corpora, weights, strict=True)), settings.labels, labels)
+
+
+def open_for_training(settings: DataSettings) -> AnyCorpus:
+    """What a recipe trains on. Raises UserError where none is named, what is named is none, or there is one class."""
+    corpus = open_data(settings)
+    if len(corpus.labels) < 2:
+        raise UserError(f"{corpus.path}: its label set is {corpus.labels}; training needs two classes or more")
+    return corpus

@@ -32,10 +32,12 @@ def compare_modalities(
     Raises:
         UserError: bad settings, or a training that failed.
     """
-    from jointfuse.train.loop import open_corpus
+    from jointfuse.data.mixture import open_for_training
     from jointfuse.train.run_folder import FINISHED, read_status
 
-    open_corpus(load_config(recipe, overrides)).split("test")  # missing, it would be noticed only after a training
+    open_for_training(load_config(recipe, overrides).data).split(
+        "test"
+    )  # missing, it would be noticed only after a training
     scores: dict[str, list[dict[str, Any]]] = {name: [] for name in MODALITIES}
     seconds: dict[str, float] = {}
     for seed in range(seeds):

@@ -9,14 +9,16 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from jointfuse.config import Config, TrainSettings
 from jointfuse.errors import UserError
-from jointfuse.train.objective import Objective
 from jointfuse.train.quiet import deepspeed
+
+if TYPE_CHECKING:  # a launcher divides a batch and needs no model
+    from jointfuse.train.objective import Objective
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DS_CONFIGS = (PACKAGE / "ds_configs", PACKAGE.parent / "ds_configs")
@@ -146,7 +148,7 @@ def check_precision(ds_config: dict[str, Any], name: str) -> None:
             )
 
 
-def parameter_groups(objective: Objective, settings: TrainSettings) -> list[dict[str, Any]]:
+def parameter_groups(objective: "Objective", settings: TrainSettings) -> list[dict[str, Any]]:
     """Trainable parameters by part, each part's norms, biases and temperature apart, without weight decay."""
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = defaultdict(list)
     names = {parameter: name for name, parameter in objective.named_parameters()}
@@ -196,7 +198,7 @@ def forget_dead_builds(extensions: Path) -> None:
                 lock.unlink()
 
 
-def start_engine(objective: Objective, config: Config, division: Division) -> Any:
+def start_engine(objective: "Objective", config: Config, division: Division) -> Any:
     """A DeepSpeed engine around the objective; torch.distributed must be initialised.
 
     Raises:

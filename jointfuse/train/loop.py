@@ -18,7 +18,7 @@ from jointfuse.data.augment import Augmentation
 from jointfuse.data.batch import Batch
 from jointfuse.data.columns import Weights
 from jointfuse.data.feed import Feed, Waited
-from jointfuse.data.mixture import AnyCorpus, MixedSplit, open_data
+from jointfuse.data.mixture import MixedSplit, open_for_training
 from jointfuse.data.plan import Plan
 from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.stream import stream
@@ -90,7 +90,7 @@ class Trainer:
         self.layout = layout(read_ds_config(settings), self.world_size)
         check_compile(settings, self.layout.stage)
         checkpoint = latest_checkpoint(run) if resume else None
-        self.corpus = open_corpus(config)
+        self.corpus = open_for_training(config.data)
         self.position = Position(corpus=corpus_digest(self.corpus), **asdict(self.layout))
         if checkpoint:
             self.position = check_resumable(checkpoint, config, self.world_size, self.corpus)
@@ -473,14 +473,6 @@ def _pool_figures(sums: list[float], pools: int) -> dict[str, float | None]:
         "positive_similarity": positive / positives if positives else None,
         "negative_similarity": negative / negatives if negatives else None,
     }
-
-
-def open_corpus(config: Config) -> AnyCorpus:
-    """What a recipe trains on. Raises UserError where none is named or what is named is none."""
-    corpus = open_data(config.data)
-    if len(corpus.labels) < 2:
-        raise UserError(f"{corpus.path}: its label set is {corpus.labels}; training needs two classes or more")
-    return corpus
 
 
 def _size(parameter: torch.nn.Parameter) -> int:
