@@ -15,8 +15,8 @@ from training_fixtures import DROPOUT, corpus, largest_difference, recipe, train
 
 __all__ = ["corpus", "recipe"]
 
-pytestmark = [pytest.mark.required, pytest.mark.timeout(1800)]
 KILLS = int(os.environ.get("SOAK_SAVES", "3"))  # tools/soak.sh saves
+pytestmark = [pytest.mark.required, pytest.mark.timeout(1200 + 60 * KILLS)]
 STEPS = 30 + 4 * KILLS
 SETTINGS = (f"train.steps={STEPS}", "train.save_every=1 step", "train.choose_by=last", *DROPOUT)
 
