@@ -413,8 +413,8 @@ def test_a_full_disk_ends_the_unpacking_in_one_line(outer: Path, tmp_path: Path)
     command = [sys.executable, str(tool), "meld", str(outer), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit_file_size)
     assert done.returncode == 2
-    unpacking, error = done.stderr.splitlines()
-    assert unpacking.startswith("unpacking ")
+    *unpacking, error = done.stderr.splitlines()
+    assert all(line.startswith("unpacking ") for line in unpacking)
     assert f"{tmp_path / 'out.raw'}" in error
     assert "make room and run the same command again" in error
 

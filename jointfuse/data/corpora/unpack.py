@@ -26,10 +26,9 @@ def unpack(archive: Path, folder: Path, endings: tuple[str, ...]) -> None:
     Raises:
         UserError: the archive is damaged, holds a name that leads out of `folder`, or the disk is full.
     """
-    print(f"unpacking {archive} into {folder}", file=sys.stderr, flush=True)
     try:
         with archive.open("rb") as file:
-            _unpack(file, folder, endings)
+            _unpack(file, archive.name, folder, endings)
     except tarfile.FilterError as error:
         raise UserError(f"{archive}: {error}; do not trust this archive") from error
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -42,7 +41,8 @@ def unpack(archive: Path, folder: Path, endings: tuple[str, ...]) -> None:
         raise
 
 
-def _unpack(archive: IO[bytes], folder: Path, endings: tuple[str, ...]) -> None:
+def _unpack(archive: IO[bytes], name: str, folder: Path, endings: tuple[str, ...]) -> None:
+    print(f"unpacking {name} into {folder}", file=sys.stderr, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     # As a stream: gigabytes of an archive in an archive are never written down, nor read twice.
     with tarfile.open(fileobj=archive, mode="r|*") as tar:
@@ -54,7 +54,7 @@ def _unpack(archive: IO[bytes], folder: Path, endings: tuple[str, ...]) -> None:
             if is_archive(member.name):
                 inner = tar.extractfile(member)
                 assert inner is not None
-                _unpack(inner, target.with_name(target.name.split(".")[0]), endings)
+                _unpack(inner, member.name, target.with_name(target.name.split(".")[0]), endings)
             elif member.name.lower().endswith(endings) and not (
                 target.is_file() and target.stat().st_size == member.size
             ):
