@@ -21,6 +21,7 @@ SHORTER = {
     "python tools/build_shards.py table all.csv --out corpora/mine": {},
     "python tools/verify_shards.py corpora/mine": {},
     "python tools/shard_stats.py corpora/mine --png corpora/mine.png": {},
+    "python tools/build_shards.py meld MELD.Raw --out corpora/meld": {"corpora/meld": "corpora/meld --text-only"},
     "jointfuse train --recipe small --run runs/mine --ranks 2 data.corpus=corpora/mine": {"--recipe small": TINY},
     "jointfuse eval runs/mine --split test": {},
     "jointfuse train --recipe small --run runs/local --ranks 2 data.corpus=corpora/mine "
@@ -75,10 +76,11 @@ def test_every_command_of_the_readme_is_run_here_or_in_ci() -> None:
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
-    """A folder as the README has it: tools, a table with its clips, pretrained models, the demo's corpus."""
+    """A folder as the README has it: tools, a table with its clips, MELD's tables, pretrained models, the demo's."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "tools").symlink_to(PROJECT / "tools")
     (folder / "models").symlink_to(shared / "models")
+    (folder / "MELD.Raw").symlink_to(shared / "data" / "meld")
     source = folder / "source"
     made = make_corpus(source)
     lines = []

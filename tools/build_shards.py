@@ -3,6 +3,7 @@
 
 tools/build_shards.py table --train train.csv --dev dev.csv --test test.csv --out corpora/mine
 tools/build_shards.py table all.csv --out corpora/mine          # the split is a column
+tools/build_shards.py meld MELD.Raw --out corpora/meld
 tools/build_shards.py spoken --out corpora/demo                 # synthetic, made by espeak-ng in a minute
 """
 
@@ -13,6 +14,8 @@ from typing import Annotated
 import typer
 
 from jointfuse.errors import UserError
+
+FAULTS_SHOWN = 20
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Build a corpus of shards.", rich_markup_mode=None)
 
@@ -96,11 +99,34 @@ def spoken(
     _tell(build(spec, out, workers, samples_per_shard), out)
 
 
+@app.command()
+def meld(
+    raw: Annotated[Path, typer.Argument(help="MELD.Raw.tar.gz, or the folder it unpacks to")],
+    out: Out,
+    text_only: Annotated[bool, typer.Option("--text-only", help="without the clips; the CSVs are enough then")] = False,
+    scratch: Annotated[Path | None, typer.Option(help="folder to unpack archives into; default: OUT.raw")] = None,
+    name: Annotated[str | None, typer.Option(help="default: the folder's name")] = None,
+    workers: Workers = None,
+    samples_per_shard: PerShard = 500,
+) -> None:
+    """MELD as its authors distribute it: three CSVs and the MP4 clips, their known faults treated and named."""
+    from jointfuse.data.build import build
+    from jointfuse.data.corpora.meld import meld_corpus
+
+    scratch = scratch or out.resolve().with_name(f"{out.resolve().name}.raw")
+    spec = meld_corpus(raw, name or out.resolve().name, text_only, scratch)
+    _tell(build(spec, out, workers, samples_per_shard), out)
+
+
 def _tell(info: dict, out: Path) -> None:
     for split, content in info["splits"].items():
         hours = content["seconds"] / 3600
         counts = f"{content['samples']} utterances, {content['dialogues']} dialogues, {hours:.2f} h"
         print(f"{split}: {counts}, {len(content['shards'])} shard(s)")
+    if info["faults"]:
+        print(f"{len(info['faults'])} fault(s) in what it was made from, listed as `faults` in {out / 'corpus.json'}:")
+        for fault in info["faults"][:FAULTS_SHOWN]:
+            print(f"  {fault['split']} {fault['key'] or fault['file']}: {fault['fault']}; {fault['done']}")
     print(f"{out}: finished")
 
 
