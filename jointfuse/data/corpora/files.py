@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import soundfile
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -202,6 +203,18 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
 
 
+def unusable(path: Path) -> str | None:
+    """Why a sound file cannot be used, as far as its size and header say; None if they say nothing against it."""
+    if not path.is_file():
+        return "no clip"
+    if path.stat().st_size == 0:
+        return "an empty file"
+    try:
+        return None if soundfile.info(path).frames else "0 samples"
+    except soundfile.SoundFileError:
+        return "no sound that can be read"
+
+
 def _sound_files(raw: Path) -> list[Path]:
     if not raw.is_dir():
         raise UserError(
@@ -258,8 +271,8 @@ def _clips(raw: Path, described: FileCorpus, left: _Left) -> Iterator[_Clip]:
         name = match[1].removesuffix(path.suffix)
         if wrong:
             unwanted.setdefault(f"{wrong} {fields[wrong]} is not kept", []).append(path)
-        elif path.stat().st_size == 0:
-            left.note([path], "an empty file")
+        elif fault := unusable(path):
+            left.note([path], fault)
         elif name not in taken:
             taken[name] = path
             yield _Clip(path, name, fields)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jointfuse.data.build import CorpusSpec, Row
+from jointfuse.data.corpora.files import unusable
 from jointfuse.data.corpora.table import read_clips
 from jointfuse.errors import UserError
 
@@ -181,7 +182,7 @@ def describe_counts(release: Release, view: str, published: Mapping[str, int] = 
             + "); turn numbers keep their gaps"
         )
     no_text, no_clip = sum(turn.text is None for turn in turns), sum(turn.clip is None for turn in turns)
-    lines.append(f"left out of every view: {no_text} turns without a transcript, {no_clip} without a clip")
+    lines.append(f"left out of every view: {no_text} turns without a transcript, {no_clip} without a usable clip")
     return lines
 
 
@@ -324,9 +325,8 @@ def _read_dialogue(release: Release, path: Path, session: int, transcripts: Mapp
         text, clip = transcripts.get(name), wavs / f"{name}.wav"
         if text is None:
             _fault(release, path, name, "no transcript", "left out")
-        usable = clip.is_file() and clip.stat().st_size > 0
-        if not usable:
-            _fault(release, clip, name, "an empty file" if clip.is_file() else "no clip", "left out")
+        if fault := unusable(clip):
+            _fault(release, clip, name, fault, "left out")
         found[name] = {
             "start": float(start),
             "end": float(end),
@@ -334,7 +334,7 @@ def _read_dialogue(release: Release, path: Path, session: int, transcripts: Mapp
             "attributes": tuple(float(one) for one in attributes),
             "votes": votes,
             "text": text,
-            "clip": clip if usable else None,
+            "clip": None if fault else clip,
             "origin": origin,
         }
     ordered = sorted(found, key=lambda name: (found[name]["start"], found[name]["end"], name))
