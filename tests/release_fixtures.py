@@ -27,7 +27,14 @@ NAMES = {
     "dis": "Disgust",
     "oth": "Other",
 }
-SENTENCES = ("Excuse me.", "Do you have your forms?", "Yeah.", "Let me see them.", "Is there a problem?", "Who told you?")
+SENTENCES = (
+    "Excuse me.",
+    "Do you have your forms?",
+    "Yeah.",
+    "Let me see them.",
+    "Is there a problem?",
+    "Who told you?",
+)
 
 
 def turns_of(counts: Mapping[str, int], each: int) -> Iterator[tuple[str, list[str]]]:
@@ -63,7 +70,9 @@ def make_iemocap(folder: Path, counts: Mapping[str, int], each: int = 8, clips: 
             if clips is None or len(to_speak) < clips:
                 to_speak.append((clip, _spoken(text, who, len(to_speak), code)))
         header = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
-        _write(session / "dialog" / "EmoEvaluation" / f"{dialogue}.txt", header + "\n".join(b for *_, b in sorted(blocks)))
+        _write(
+            session / "dialog" / "EmoEvaluation" / f"{dialogue}.txt", header + "\n".join(b for *_, b in sorted(blocks))
+        )
         _write(session / "dialog" / "transcriptions" / f"{dialogue}.txt", "".join(f"{line}\n" for line in lines))
     for (clip, _), waveform in zip(to_speak, speak([row for _, row in to_speak]), strict=True):
         clip.parent.mkdir(parents=True, exist_ok=True)

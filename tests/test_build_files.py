@@ -54,7 +54,9 @@ def built(ravdess: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path) -> Path:
     """mine.yaml and the clips of three speakers."""
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(DESCRIPTION), encoding="utf-8")
-    for number, name in enumerate(f"{who}_{what}_{text}" for who in ("ann", "bob", "cid") for what in ("ang", "joy") for text in "12"):
+    for number, name in enumerate(
+        f"{who}_{what}_{text}" for who in ("ann", "bob", "cid") for what in ("ang", "joy") for text in "12"
+    ):
         write_clip(tmp_path / "clips" / f"{name}.wav", pitch=200 + 20 * number)
     return tmp_path
 
@@ -235,7 +237,9 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(folder: Path, refused
     assert "no sound file (.wav, .flac" in refused(folder / "empty")
     (folder / "empty" / "Speech.zip").write_bytes(b"PK")
     assert "unpack Speech.zip first" in refused(folder / "empty")
-    assert "radvess: No such file or directory; give a YAML file or one of emodb, nemo" in refused(description="radvess")
+    assert "radvess: No such file or directory; give a YAML file or one of emodb, nemo" in refused(
+        description="radvess"
+    )
     (folder / "bad.yaml").write_text("pattern: [")
     assert "bad.yaml: not YAML" in refused(description=folder / "bad.yaml")
     (folder / "bad.yaml").write_text("- pattern")
@@ -257,7 +261,8 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(folder: Path, refused
 def test_numbers_need_no_quotes_and_ranges_keep_their_zeros(folder: Path) -> None:
     path = folder / "numbers.yaml"
     path.write_text(
-        "pattern: '(?P<speaker>..)(?P<label>..)'\nlabels: {01: a, 08: b, no: c}\nsplits: {train: 08-11, dev: [01, 03-04]}\n"
+        "pattern: '(?P<speaker>..)(?P<label>..)'\nlabels: {01: a, 08: b, no: c}\n"
+        "splits: {train: 08-11, dev: [01, 03-04]}\n"
     )
     described = read_description(path)
     assert list(described.labels) == ["01", "08", "no"]

@@ -139,7 +139,9 @@ def test_every_planted_fault_is_named_and_treated_and_the_corpus_is_sound(built:
         (f"{wavs}/Ses03F_impro01/Ses03F_impro01_F002.wav", "no sound that can be read"),
         (wavs, "1 clip(s) of no labelled turn (Ses03F_impro01_MXX0)"),
     }
-    samples = {split: [corpus.split(split).sample(i) for i in range(len(corpus.split(split)))] for split in corpus.splits}
+    samples = {
+        split: [corpus.split(split).sample(i) for i in range(len(corpus.split(split)))] for split in corpus.splits
+    }
     every = [sample for content in samples.values() for sample in content]
     assert len(every) == 83 - 4
     assert 1 not in [sample.turn for sample in every if sample.dialogue == "Ses01F_impro01"]

@@ -3,6 +3,7 @@
 
 tools/build_shards.py table --train train.csv --dev dev.csv --test test.csv --out corpora/mine
 tools/build_shards.py table all.csv --out corpora/mine          # the split is a column
+tools/build_shards.py meld MELD.Raw --out corpora/meld
 tools/build_shards.py spoken --out corpora/demo                 # synthetic, made by espeak-ng in a minute
 tools/build_shards.py iemocap IEMOCAP_full_release --out corpora/iemocap
 tools/build_shards.py ravdess RAVDESS --out corpora/ravdess     # so do nemo and emodb
@@ -17,6 +18,8 @@ from typing import Annotated
 import typer
 
 from jointfuse.errors import UserError
+
+FAULTS_SHOWN = 20
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Build a corpus of shards.", rich_markup_mode=None)
 
@@ -101,6 +104,25 @@ def spoken(
 
 
 @app.command()
+def meld(
+    raw: Annotated[Path, typer.Argument(help="MELD.Raw.tar.gz, or the folder it unpacks to")],
+    out: Out,
+    text_only: Annotated[bool, typer.Option("--text-only", help="without the clips; the CSVs are enough then")] = False,
+    scratch: Annotated[Path | None, typer.Option(help="folder to unpack archives into; default: OUT.raw")] = None,
+    name: Annotated[str | None, typer.Option(help="default: the folder's name")] = None,
+    workers: Workers = None,
+    samples_per_shard: PerShard = 500,
+) -> None:
+    """MELD as its authors distribute it: three CSVs and the MP4 clips, their known faults treated and named."""
+    from jointfuse.data.build import build
+    from jointfuse.data.corpora.meld import meld_corpus
+
+    scratch = scratch or out.resolve().with_name(f"{out.resolve().name}.raw")
+    spec = meld_corpus(raw, name or out.resolve().name, text_only, scratch)
+    _tell(build(spec, out, workers, samples_per_shard), out)
+
+
+@app.command()
 def iemocap(
     raw: Annotated[Path, typer.Argument(help="IEMOCAP_full_release, unpacked")],
     out: Out,
@@ -116,11 +138,10 @@ def iemocap(
     from jointfuse.data.corpora.iemocap import check_counts, describe_counts, iemocap_corpus, read_release
 
     release = read_release(raw)
-    spec, faults = iemocap_corpus(release, name or out.resolve().name, view, test_session, dev)
+    spec = iemocap_corpus(release, name or out.resolve().name, view, test_session, dev)
     check_counts(release)
     for line in describe_counts(release, view):
         print(line)
-    _tell_faults(faults)
     _tell(build(spec, out, workers, samples_per_shard), out)
 
 
@@ -137,8 +158,7 @@ def files(
     from jointfuse.data.build import build
     from jointfuse.data.corpora.files import files_corpus, read_description
 
-    spec, faults = files_corpus(raw, read_description(description), name or out.resolve().name)
-    _tell_faults(faults)
+    spec = files_corpus(raw, read_description(description), name or out.resolve().name)
     _tell(build(spec, out, workers, samples_per_shard), out)
 
 
@@ -161,18 +181,16 @@ for shipped in ("ravdess", "nemo", "emodb"):
     app.command(shipped, help=f"As `files {shipped}`: the corpus as it is distributed.")(_command(shipped))
 
 
-def _tell_faults(faults: list[dict[str, str]]) -> None:
-    for fault in faults[:20]:
-        print(f"{fault['file']}: {fault['key']}{': ' if fault['key'] else ''}{fault['fault']}; {fault['done']}")
-    if len(faults) > 20:
-        print(f"... and {len(faults) - 20} more faults")
-
-
 def _tell(info: dict, out: Path) -> None:
     for split, content in info["splits"].items():
         hours = content["seconds"] / 3600
         counts = f"{content['samples']} utterances, {content['dialogues']} dialogues, {hours:.2f} h"
         print(f"{split}: {counts}, {len(content['shards'])} shard(s)")
+    if info["faults"]:
+        print(f"{len(info['faults'])} fault(s) in what it was made from, listed as `faults` in {out / 'corpus.json'}:")
+        for fault in info["faults"][:FAULTS_SHOWN]:
+            place = " ".join(filter(None, (fault["split"], fault["key"] or fault["file"])))
+            print(f"  {place}: {fault['fault']}; {fault['done']}")
     print(f"{out}: finished")
 
 

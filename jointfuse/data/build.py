@@ -57,15 +57,39 @@ class Row:
     extra: dict[str, Any] = field(default_factory=dict)  # further entries of the sample's JSON
 
 
-Render = Callable[[Sequence[Row]], Iterator[np.ndarray | None]]
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong in what a corpus is made from, and what was done about it: an entry of corpus.json's `faults`.
+
+    `fault` and `done` are to be read, and like `file` they name no path of this machine.
+    """
+
+    split: str  # empty, where it is in none
+    file: str
+    fault: str
+    done: str
+    utterance: tuple[str, int] | None = None  # dialogue and turn, where it concerns one that is in the corpus
+
+
+@dataclass(frozen=True)
+class FaultyClip:
+    """What `render` gives in the place of a waveform that was not as expected; the fields are those of Fault."""
+
+    waveform: np.ndarray | None  # (S,) float32 at 16 kHz, or None: the utterance is kept without a clip
+    file: str
+    fault: str
+    done: str
+
+
+Render = Callable[[Sequence[Row]], Iterator[np.ndarray | FaultyClip | None]]
 
 
 @dataclass(frozen=True)
 class CorpusSpec:
     """Everything a corpus will hold, before any sound is made.
 
-    `render` turns the rows of one shard, in order, into waveforms (S,) float32 at 16 kHz (None: no clip). It runs in
-    another process, so it must be importable by name.
+    `render` turns the rows of one shard, in order, into waveforms (S,) float32 at 16 kHz (None: no clip; FaultyClip:
+    one to be named). It runs in another process, so it must be importable by name. `faults` are those known before.
     """
 
     name: str
@@ -77,6 +101,7 @@ class CorpusSpec:
     description: str
     synthetic: bool = False
     fresh_process: bool = False  # one new process a shard, for synthesisers whose output depends on earlier calls
+    faults: Sequence[Fault] = ()
 
 
 class MelSums:
@@ -267,15 +292,22 @@ def _work(job: _Job) -> None:
     sidecar_path = job.path.with_suffix(".json")
     sidecar_path.unlink(missing_ok=True)  # a stale one must never stand beside a new tar
     mel = MelSums() if job.with_mel and any(row.clip is not None for row in job.rows) else None
-    sidecar = write_tar(job.path, _utterances(job), mel)
+    faults: list[dict[str, Any]] = []
+    sidecar = write_tar(job.path, _utterances(job, faults), mel)
     sidecar["source"] = job.fingerprint
+    if faults:
+        sidecar["faults"] = faults
     if job.with_mel:
         sidecar["mel"] = {"count": mel.count, "sum": mel.sum, "squares": mel.squares} if mel else NO_MEL
     write_json(sidecar_path, sidecar)
 
 
-def _utterances(job: _Job) -> Iterator[Utterance]:
+def _utterances(job: _Job, faults: list[dict[str, Any]]) -> Iterator[Utterance]:
+    """The shard's samples; what is wrong with clips is appended to `faults`."""
     for key, row, waveform in zip(job.keys, job.rows, job.render(job.rows), strict=True):
+        if isinstance(waveform, FaultyClip):
+            faults.append(fault_record(job.path.parent.name, key, waveform))
+            waveform = waveform.waveform
         if waveform is not None and (waveform.size == 0 or not np.isfinite(waveform).all()):
             raise UserError(f"{row.origin}: the clip is empty or holds values that are not numbers; replace it")
         meta = {
@@ -290,6 +322,11 @@ def _utterances(job: _Job) -> Iterator[Utterance]:
         }
         clip = None if waveform is None else to_pcm(waveform)
         yield Utterance(key, row.text, clip, row.label, row.speaker, row.dialogue, row.turn, meta)
+
+
+def fault_record(split: str, key: str | None, fault: Fault | FaultyClip) -> dict[str, Any]:
+    """An entry of corpus.json's `faults`; `key` is that of the sample concerned."""
+    return {"split": split, "key": key, "file": fault.file, "fault": fault.fault, "done": fault.done}
 
 
 def to_pcm(waveform: np.ndarray) -> np.ndarray:
@@ -335,11 +372,13 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
     speakers = sorted({row.speaker for split in spec.splits.values() for dialogue in split for row in dialogue})
     mean, deviation = 0.0, 1.0
     splits = {}
+    faults = [fault_record(fault.split, None, fault) for fault in spec.faults if fault.split not in spec.splits]
     for split, expected in jobs.items():
         sidecars = [json.loads(job.path.with_suffix(".json").read_text(encoding="utf-8")) for job in expected]
         with replacing(out / split / "index.bin") as file:
             file.write(index_rows(sidecars, speakers).tobytes())
         samples = [sample for sidecar in sidecars for sample in sidecar["samples"]]
+        faults += _faults(spec, split, sidecars)
         splits[split] = split_record(samples, spec.labels) | {
             "shards": [
                 {
@@ -365,6 +404,21 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
         "mel": {"mean": mean, "deviation": deviation},
         "splits": splits,
         "speakers": speakers,
+        "faults": faults,
     }
     write_json(out / "corpus.json", info)
     return info
+
+
+def _faults(spec: CorpusSpec, split: str, sidecars: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was wrong in one split: first what concerns no utterance, then the utterances' own in their order."""
+    samples = [sample for sidecar in sidecars for sample in sidecar["samples"]]
+    key_of = {(sample["dialogue"], sample["turn"]): sample["key"] for sample in samples}
+    place = {sample["key"]: number for number, sample in enumerate(samples)} | {None: -1}
+    known = [
+        fault_record(split, key_of[fault.utterance] if fault.utterance else None, fault)
+        for fault in spec.faults
+        if fault.split == split
+    ]
+    found = [fault for sidecar in sidecars for fault in sidecar.get("faults", [])]
+    return sorted(known + found, key=lambda fault: place[fault["key"]])

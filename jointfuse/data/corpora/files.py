@@ -16,7 +16,7 @@ import soundfile
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from jointfuse.data.build import CorpusSpec, Row
+from jointfuse.data.build import CorpusSpec, Fault, Row
 from jointfuse.data.corpora.table import UNKNOWN_SPEAKER, read_clips, read_table
 from jointfuse.errors import UserError
 
@@ -127,8 +127,8 @@ def read_description(path: str | Path) -> FileCorpus:
         raise UserError(f"{file}: {_first_fault(error)}") from error
 
 
-def files_corpus(raw: str | Path, described: FileCorpus, name: str) -> tuple[CorpusSpec, list[dict[str, str]]]:
-    """The corpus of the sound files under `raw`, at any depth, and what was left out of it.
+def files_corpus(raw: str | Path, described: FileCorpus, name: str) -> CorpusSpec:
+    """The corpus of the sound files under `raw`, at any depth.
 
     Raises:
         UserError: nothing fits, two different files have one name, or a label, text or speaker is not described.
@@ -157,7 +157,7 @@ def files_corpus(raw: str | Path, described: FileCorpus, name: str) -> tuple[Cor
             extra=fields,
         )
         splits[home.get(speaker, "train")].append([row])
-    spec = CorpusSpec(
+    return CorpusSpec(
         name=name,
         labels=classes,
         splits=splits,
@@ -165,8 +165,8 @@ def files_corpus(raw: str | Path, described: FileCorpus, name: str) -> tuple[Cor
         source=described.source,
         licence=described.licence,
         description=described.description,
+        faults=left.faults,
     )
-    return spec, left.faults
 
 
 # --------------------------------------------------------------------------------------------------------------- clips
@@ -184,15 +184,13 @@ class _Left:
 
     def __init__(self, raw: Path) -> None:
         self._raw = raw
-        self.faults: list[dict[str, str]] = []
+        self.faults: list[Fault] = []
 
     def note(self, paths: Sequence[Path], fault: str) -> None:
         """Add one fault for all of them; none, where there are none."""
         if paths:
             many = f"{len(paths)} files: " if len(paths) > 1 else ""
-            self.faults.append(
-                {"split": "", "key": "", "file": some(self._relative(paths)), "fault": many + fault, "done": "left out"}
-            )
+            self.faults.append(Fault("", some(self._relative(paths)), many + fault, "left out"))
 
     def _relative(self, paths: Sequence[Path]) -> list[str]:
         return [path.relative_to(self._raw).as_posix() for path in paths]
@@ -287,7 +285,7 @@ def _clips(raw: Path, described: FileCorpus, left: _Left) -> Iterator[_Clip]:
     if table is not None and described.table and (absent := sorted(set(table) - listed)):
         left.note([raw / described.table.file], f"{len(absent)} row(s) without a file ({some(absent)})")
     if not taken:
-        raise UserError(f"{raw}: nothing is left to build from: {left.faults[0]['fault']}")
+        raise UserError(f"{raw}: nothing is left to build from: {left.faults[0].fault}")
 
 
 def _table(raw: Path, settings: Table | None) -> dict[str, dict[str, str]] | None:

@@ -11,11 +11,11 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jointfuse.data.build import CorpusSpec, Row
+from jointfuse.data.build import CorpusSpec, Fault, Row
 from jointfuse.data.corpora.files import unusable
 from jointfuse.data.corpora.table import read_clips
 from jointfuse.errors import UserError
@@ -88,14 +88,11 @@ class Turn:
 
 @dataclass
 class Release:
-    """All turns of a release, by dialogue and in order, and what was found amiss on the way.
-
-    A fault is {"split", "key", "file", "fault", "done"}; "key" is the turn's name, "split" is not known yet.
-    """
+    """All turns of a release, by dialogue and in order, and what was found amiss on the way."""
 
     path: Path
     turns: list[Turn]
-    faults: list[dict[str, str]] = field(default_factory=list)
+    faults: list[tuple[str, Fault]] = field(default_factory=list)  # with their dialogue, or ""; splits come later
 
     def count(self, codes: Mapping[str, Any]) -> int:
         return sum(turn.code in codes for turn in self.turns)
@@ -188,8 +185,8 @@ def describe_counts(release: Release, view: str, published: Mapping[str, int] = 
 
 def iemocap_corpus(
     release: Release, name: str, view: str = "six", test_session: int = 5, dev: float = 0.1
-) -> tuple[CorpusSpec, list[dict[str, str]]]:
-    """The corpus of one view, one session left out of training as the test split, and the release's faults.
+) -> CorpusSpec:
+    """The corpus of one view, one session left out of training as the test split.
 
     Args:
         view: a key of VIEWS.
@@ -226,7 +223,7 @@ def iemocap_corpus(
             extra=dict(zip(("valence", "arousal", "dominance"), turn.attributes, strict=True)),
         )
         splits[homes[turn.dialogue]].setdefault(turn.dialogue, []).append(row)
-    spec = CorpusSpec(
+    return CorpusSpec(
         name=name,
         labels=classes,
         splits={split: list(dialogues.values()) for split, dialogues in splits.items()},
@@ -235,9 +232,8 @@ def iemocap_corpus(
         licence="of the release: by agreement with USC, for research",
         description=f"IEMOCAP, view {view!r}: {', '.join(classes)}. Test is session {test_session}, dev "
         + (f"session {dev:g}." if dev >= 1 else f"{dev:g} of the other sessions' dialogues."),
+        faults=[replace(fault, split=homes.get(dialogue, "")) for dialogue, fault in release.faults],
     )
-    faults = [fault | {"split": homes.get(fault["key"].rpartition("_")[0], "")} for fault in release.faults]
-    return spec, faults
 
 
 def _homes(release: Release, test_session: int, dev: float) -> dict[str, str]:
@@ -374,7 +370,8 @@ def _unlabelled(release: Release, folder: Path, kind: str, names: Sequence[str])
         _fault(release, folder, "", f"{len(names)} {kind}(s) of no labelled turn ({some})", "left out")
 
 
-def _fault(release: Release, path: Path, key: str, fault: str, done: str) -> None:
-    release.faults.append(
-        {"split": "", "key": key, "file": path.relative_to(release.path).as_posix(), "fault": fault, "done": done}
-    )
+def _fault(release: Release, path: Path, turn: str, fault: str, done: str) -> None:
+    """Note it; `turn` is empty where it concerns no single one."""
+    relative = path.relative_to(release.path).as_posix()
+    named = f"{turn}: {fault}" if turn and turn not in relative else fault
+    release.faults.append((turn.rpartition("_")[0], Fault("", relative, named, done)))

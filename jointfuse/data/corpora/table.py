@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from scipy.signal import resample_poly
 
 from jointfuse.data.build import CorpusSpec, Row
-from jointfuse.data.shards import SAMPLE_RATE
+from jointfuse.data.media import mono
 from jointfuse.errors import UserError
 
 # What a column may be called when no option names it; upper and lower case, spaces and dashes do not matter.
@@ -113,7 +112,7 @@ def read_table(path: Path) -> list[tuple[str, dict[str, str]]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the table as UTF-8") from error
-    records = list(_json_lines(path, text) if path.suffix.lower() in (".jsonl", ".ndjson") else _cells(path, text))
+    records = list(_json_lines(path, text) if path.suffix.lower() in (".jsonl", ".ndjson") else csv_rows(path, text))
     if not records:
         raise UserError(f"{path}: the table has no rows; give a header line and one row an utterance")
     return records
@@ -137,8 +136,12 @@ def _read(path: Path, split: str | None, columns: Mapping[str, str | None], allo
     return lines
 
 
-def _cells(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows of a CSV or TSV table; row 1 is the header, as a spreadsheet counts."""
+def csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """(origin, cells by column) of the rows of a CSV or TSV table. Row 1 is the header, as a spreadsheet counts.
+
+    Raises:
+        UserError: a row has more or fewer cells than the header, or the header a name twice.
+    """
     first = text.partition("\n")[0]
     delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else ";" if ";" in first and "," not in first else ","
     # Not splitlines: MELD's texts hold characters, such as U+0085, that it takes for line ends.
@@ -235,8 +238,8 @@ def _row(line: _Line, dialogue: str, position: int, labels: Sequence[str], allow
         clip=path,
         identity=f"{audio} {_clip_bytes(path, origin)}" if path else "",
         origin=origin,
-        start=_seconds(cells.get("start", ""), origin),
-        end=_seconds(cells.get("end", ""), origin),
+        start=seconds_of(cells.get("start", ""), origin),
+        end=seconds_of(cells.get("end", ""), origin),
     )
 
 
@@ -259,8 +262,8 @@ def _turn(cell: str, origin: str) -> int:
     raise UserError(f"{origin}: turn {cell!r} is not a whole number from 0 on; set --turn-column to one that is")
 
 
-def _seconds(cell: str, origin: str) -> float | None:
-    """Seconds, or MELD's HH:MM:SS,mmm."""
+def seconds_of(cell: str, origin: str) -> float | None:
+    """Seconds, or MELD's HH:MM:SS,mmm; None for a blank cell. Raises UserError with `origin`, the row."""
     if not cell:
         return None
     try:
@@ -303,11 +306,4 @@ def load_clip(path: Path) -> np.ndarray:
         raise ValueError("is empty: 0 samples")
     if not np.isfinite(samples).all():
         raise ValueError("holds values that are not numbers (NaN or infinity)")
-    waveform = samples.mean(axis=1)
-    if rate != SAMPLE_RATE:
-        # torchaudio's Resample would build a kernel of hundreds of megabytes for rates such as 24,414 Hz.
-        common = math.gcd(rate, SAMPLE_RATE)
-        waveform = resample_poly(waveform, SAMPLE_RATE // common, rate // common)
-    peak = float(np.abs(waveform).max())
-    result: np.ndarray = (waveform / max(peak, 1.0)).astype(np.float32)
-    return result
+    return mono(samples, rate)
