@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,11 @@ def turns_of(counts: Mapping[str, int], each: int) -> Iterator[tuple[str, list[s
 
 
 def make_iemocap(folder: Path, counts: Mapping[str, int], each: int = 8, clips: int | None = None) -> Path:
-    """IEMOCAP_full_release with `counts` turns by label, of generated speech; the first `clips` turns alone have some.
+    """IEMOCAP_full_release with `counts` turns by label, of generated speech. Label files list the woman's turns first.
 
-    The turns of a label file stand woman first, then man, while they speak in turn.
+    Args:
+        each: turns a dialogue.
+        clips: only the first so many turns of every dialogue have one.
     """
     root = folder / "IEMOCAP_full_release"
     to_speak: list[tuple[Path, Row]] = []
@@ -67,7 +69,7 @@ def make_iemocap(folder: Path, counts: Mapping[str, int], each: int = 8, clips: 
             blocks.append((who, start, _block(name, code, start, end, votes)))
             lines.append(f"{name} [{start:08.4f}-{end:08.4f}]: {text}")
             clip = session / "sentences" / "wav" / dialogue / f"{name}.wav"
-            if clips is None or len(to_speak) < clips:
+            if clips is None or number < clips:
                 to_speak.append((clip, _spoken(text, who, len(to_speak), code)))
         header = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
         _write(
@@ -97,13 +99,11 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def make_ravdess(folder: Path, actors: int = 24, repetitions: int = 1) -> Path:
+def make_ravdess(folder: Path, actors: Iterable[int] = range(1, 25)) -> Path:
     """Actor_NN/03-01-EE-01-SS-RR-NN.wav as the archive unpacks, of tones."""
     root = folder / "RAVDESS"
-    for number, (actor, emotion, text, repetition) in enumerate(
-        itertools.product(range(1, actors + 1), range(1, 9), (1, 2), range(1, repetitions + 1))
-    ):
-        name = f"03-01-{emotion:02d}-01-{text:02d}-{repetition:02d}-{actor:02d}.wav"
+    for number, (actor, emotion, text) in enumerate(itertools.product(actors, range(1, 9), (1, 2))):
+        name = f"03-01-{emotion:02d}-01-{text:02d}-01-{actor:02d}.wav"
         write_clip(root / f"Actor_{actor:02d}" / name, 0.1 + 0.0005 * number, 48_000, pitch=150 + 90 * emotion + actor)
     return root
 

@@ -212,7 +212,7 @@ def test_the_same_files_elsewhere_give_the_same_bytes(folder: Path) -> None:
         ({"labels": {"ang": "anger", "joy": "anger"}}, "only one class, 'anger'"),
         ({"splits": {"train": ["ann", "bob"], "dev": ["ann"]}}, "speaker 'ann' is listed twice"),
         ({"splits": {"training": ["ann"]}}, "splits.training"),
-        ({"splits": {"train": []}}, "splits.train: List should have at least 1 item"),
+        ({"splits": {"train": []}}, "splits.train: Value should have at least 1 item"),
         ({"splits": {"train": ["ann"], "dev": ["bob"]}}, "speaker 'cid' is in no split; add it to one"),
         ({"splits": {"train": ["ann", "bob", "cid"], "dev": ["dan"]}}, "split 'dev' has no utterances"),
         ({"labels": {"ang": "anger"}}, "ann_joy_1.wav: label 'joy' is not among the labels described (ang)"),

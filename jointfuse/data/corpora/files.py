@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import soundfile
 import yaml
@@ -22,12 +22,16 @@ from jointfuse.errors import UserError
 
 SHIPPED = ("emodb", "nemo", "ravdess")
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".au")
+Split = Literal["train", "dev", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 RESERVED = ("emotion", "dialogue", "turn", "start", "end")  # written by the builder under these names
 NAMED = 3  # of many files, so many are named
 
 
 def _listed(value: Any) -> Any:
     """`01-03` and [`01`, `02-03`] as [`01`, `02`, `03`]."""
+    if not isinstance(value, str | list):
+        return value
     items = []
     for item in [value] if isinstance(value, str) else value:
         ends = re.fullmatch(r"(\d+)-(\d+)", item) if isinstance(item, str) else None
@@ -39,7 +43,8 @@ def _listed(value: Any) -> Any:
     return items
 
 
-Values = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1)]
+Values = Annotated[list[Name], BeforeValidator(_listed), Field(min_length=1)]
 
 
 class _Strict(BaseModel):
@@ -61,11 +66,13 @@ class FileCorpus(_Strict):
     licence: str = ""
     description: str = ""
     pattern: str = Field(description="of a file's name, or of the end of its path: a regular expression, named groups")
-    labels: dict[str, str] = Field(description="what the group `label` may be -> class; classes in this order")
+    labels: dict[str, Name] = Field(
+        min_length=1, description="what the group `label` may be -> class; classes in this order"
+    )
     texts: dict[str, str] = Field({}, description="what the group `text` may be -> text; without it, it is the text")
     keep: dict[str, Values] = Field({}, description="group -> its values that are taken; other files are left out")
     table: Table | None = None
-    splits: dict[Literal["train", "dev", "test"], Values] = Field(
+    splits: dict[Split, Values] = Field(
         {}, description="speakers of each split, single or as a range such as 01-16; without it, all is train"
     )
 
@@ -137,7 +144,7 @@ def files_corpus(raw: str | Path, described: FileCorpus, name: str) -> CorpusSpe
     left = _Left(raw)
     home = {speaker: split for split, speakers in described.splits.items() for speaker in speakers}
     classes = list(dict.fromkeys(described.labels.values()))
-    splits: dict[str, list[list[Row]]] = {split: [] for split in described.splits or ("train",)}
+    splits: dict[str, list[list[Row]]] = {split: [] for split in SPLITS if split in described.splits} or {"train": []}
     for clip in _clips(raw, described, left):
         fields = dict(clip.fields)
         speaker = fields.pop("speaker", UNKNOWN_SPEAKER)
@@ -320,7 +327,8 @@ def _unknown(name: str, known: Sequence[str], what: str = "group") -> str:
 
 
 def _first_fault(error: ValidationError) -> str:
-    first = error.errors()[0]
+    # A misspelt entry is also a missing one; its own error says more.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     place, entry = [str(part) for part in first["loc"]], Table if first["loc"][:1] == ("table",) else FileCorpus
     if first["type"] == "extra_forbidden":
         return _unknown(place[-1], list(entry.model_fields), "entry")
