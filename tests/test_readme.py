@@ -14,7 +14,7 @@ from corpus_helpers import write_clip
 from release_fixtures import make_iemocap, make_ravdess
 from training_fixtures import RECIPE, SIZES, make_corpus
 
-from jointfuse.data.corpora.iemocap import PUBLISHED
+from jointfuse.data.corpora.iemocap_counts import PUBLISHED
 
 PROJECT = Path(__file__).resolve().parents[1]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")

@@ -135,7 +135,8 @@ def iemocap(
 ) -> None:
     """IEMOCAP from its release: five sessions, one of them the test split."""
     from jointfuse.data.build import build
-    from jointfuse.data.corpora.iemocap import check_counts, describe_counts, iemocap_corpus, read_release
+    from jointfuse.data.corpora.iemocap import iemocap_corpus, read_release
+    from jointfuse.data.corpora.iemocap_counts import check_counts, describe_counts
 
     release = read_release(raw)
     spec = iemocap_corpus(release, name or out.resolve().name, view, test_session, dev)

@@ -41,23 +41,6 @@ VIEWS: dict[str, dict[str, str]] = {
 }
 SESSIONS = (1, 2, 3, 4, 5)
 
-# Majority labels of the release. 5531 are of the four classes, 7380 of the six.
-PUBLISHED = {
-    "hap": 595,
-    "sad": 1084,
-    "neu": 1708,
-    "ang": 1103,
-    "exc": 1041,
-    "fru": 1849,
-    "sur": 107,
-    "fea": 40,
-    "dis": 2,
-    "oth": 3,
-    "xxx": 2507,
-}
-# What papers on DialogueRNN's features tabulate, 5810 training and 1623 test utterances added up: 7433.
-TABULATED = {"hap": 648, "sad": 1084, "neu": 1708, "ang": 1103, "exc": 1041, "fru": 1849}
-
 SUMMARY = re.compile(r"\[(\d[\d.]*) - (\d[\d.]*)\]\t(\w+)\t(\w+)\t\[(-?[\d.]+), (-?[\d.]+), (-?[\d.]+)\]")
 VOTE = re.compile(r"C-E\d+:\t([^\t(]*)")  # C-F1 and C-M1 are the actors' own; the majority is the evaluators'
 SPOKEN = re.compile(r"(Ses\w+)\s*\[[^\]]*\]\s*:\s*(.*)")
@@ -123,64 +106,6 @@ def read_release(raw: str | Path) -> Release:
     for session in SESSIONS:
         _read_session(release, session)
     return release
-
-
-def check_counts(release: Release, published: Mapping[str, int] = PUBLISHED) -> None:
-    """Refuse a release whose four classes do not hold the published number of turns.
-
-    Args:
-        published: code of the label files -> how many turns have it.
-
-    Raises:
-        UserError: with every label of the four classes whose count differs.
-    """
-    expected, found = sum(published.get(code, 0) for code in VIEWS["four"]), release.count(VIEWS["four"])
-    if found != expected:
-        differing = [
-            f"{LABELS[code]} {release.codes[code]} of {published.get(code, 0)}"
-            for code in VIEWS["four"]
-            if release.codes[code] != published.get(code, 0)
-        ]
-        raise UserError(
-            f"{release.path}: the label files give {found} turns in four classes, published are {expected} "
-            f"({', '.join(differing)}); unpack the release again, whole"
-        )
-
-
-def describe_counts(release: Release, view: str, published: Mapping[str, int] = PUBLISHED) -> list[str]:
-    """Lines for people: how many turns each view has by the label files, and where the two published figures differ."""
-    codes, turns = release.codes, release.turns
-    dialogues = len({turn.dialogue for turn in turns})
-    by_label = ", ".join(f"{name} {codes[code]}" for code, name in LABELS.items())
-    six, figures = release.count(VIEWS["six"]), (sum(published[c] for c in VIEWS["six"]), sum(TABULATED.values()))
-    lines = [
-        f"label files: {len(turns)} turns in {dialogues} dialogues: {by_label}",
-        f"four classes, excited joined into happy: {release.count(VIEWS['four'])}, "
-        f"published {sum(published[code] for code in VIEWS['four'])}",
-        f"six classes: {six}; the literature has {figures[0]} (majority labels) and {figures[1]} (DialogueRNN's "
-        "features, as papers tabulate them)",
-    ]
-    for code, tabulated in TABULATED.items():
-        if tabulated != codes[code]:
-            undecided = [turn for turn in turns if turn.code == "xxx"]
-            votes = sum(code in turn.votes for turn in undecided)
-            first = sum(code in _most_voted(turn.votes) for turn in undecided)
-            others = sum(code in turn.votes for turn in turns if turn.code not in ("xxx", code))
-            lines.append(
-                f"  {LABELS[code]}: {codes[code]} by majority, {tabulated} in the larger figure "
-                f"({tabulated - codes[code]:+d}). Evaluators call {LABELS[code]}: {votes} undecided turns ({first} of "
-                f"them no less often than anything else), {others} turns with another majority"
-            )
-    left = Counter(LABELS[turn.code] for turn in turns if turn.code not in VIEWS[view])
-    if left:
-        lines.append(
-            f"left out of the view {view!r}: {left.total()} turns ("
-            + ", ".join(f"{name} {count}" for name, count in left.most_common())
-            + "); turn numbers keep their gaps"
-        )
-    no_text, no_clip = sum(turn.text is None for turn in turns), sum(turn.clip is None for turn in turns)
-    lines.append(f"left out of every view: {no_text} turns without a transcript, {no_clip} without a usable clip")
-    return lines
 
 
 def iemocap_corpus(
@@ -357,11 +282,6 @@ def _blocks(path: Path) -> Iterator[tuple[str, re.Match[str], tuple[str, ...]]]:
                 raise UserError(f"{where}: not of the form [START - END] TURN LABEL [V, A, D]; unpack the file again")
         elif vote := VOTE.match(line):
             votes += [name.strip()[:3].lower() for name in vote[1].split(";") if name.strip()]
-
-
-def _most_voted(votes: Sequence[str]) -> set[str]:
-    counts = Counter(votes)
-    return {code for code, count in counts.items() if count == max(counts.values())}
 
 
 def _unlabelled(release: Release, folder: Path, kind: str, names: Sequence[str]) -> None:
