@@ -155,6 +155,7 @@ def test_one_table_with_a_split_column_aliases_and_any_kind_of_sound(
     assert corpus.labels == ["joy", "anger"]
     assert corpus.splits == ["train", "dev"]
     assert corpus.info["licence"] == "CC0"
+    assert corpus.info["faults"] == []
     split = corpus.split("train")
     for i in range(4):
         utterance = split.sample(i)

@@ -26,6 +26,7 @@ SHORTER = {
     "python tools/build_shards.py table all.csv --out corpora/mine": {},
     "python tools/verify_shards.py corpora/mine": {},
     "python tools/shard_stats.py corpora/mine --png corpora/mine.png": {},
+    "python tools/build_shards.py meld MELD.Raw --out corpora/meld": {"corpora/meld": "corpora/meld --text-only"},
     "python tools/build_shards.py iemocap IEMOCAP_full_release --out corpora/iemocap": {},
     "python tools/build_shards.py ravdess RAVDESS --out corpora/ravdess": {},
     "python tools/build_shards.py files crema-d.yaml AudioWAV --out corpora/crema-d": {},
@@ -79,10 +80,11 @@ def test_every_command_of_the_readme_is_run_here_or_in_ci() -> None:
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
-    """A folder as the README has it: tools, a table with its clips, published corpora, pretrained models, the demo."""
+    """A folder as the README has it: tools, a table with its clips, published corpora, pretrained models, a demo."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "tools").symlink_to(PROJECT / "tools")
     (folder / "models").symlink_to(shared / "models")
+    (folder / "MELD.Raw").symlink_to(shared / "data" / "meld")
     source = folder / "source"
     made = make_corpus(source)
     lines = []

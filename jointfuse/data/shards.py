@@ -1,6 +1,7 @@
 """A corpus on disk: WebDataset tars with an index beside them. The format, the shard writer and the readers.
 
-    corpus.json              labels in order, splits, counts, mel mean and deviation, source, licence
+    corpus.json              labels in order, splits, counts, mel mean and deviation, source, licence, faults of
+                             what it was made from
     train/shard-000000.tar   KEY.flac (16 kHz mono) · KEY.json · KEY.txt, sample after sample
     train/shard-000000.json  sidecar: byte span, duration, label, speaker, dialogue of every sample; the tar's SHA-256
     train/index.bin          the split as one memory-mapped array of INDEX_DTYPE

@@ -1,8 +1,8 @@
 """How many turns of IEMOCAP have which label: the figures of the literature, and what a release gives.
 
 5531 turns are of the four classes, excited joined into happy. Of six classes the literature knows two figures, 7380 and
-7433. The first is the majority labels of the label files; the second is that of DialogueRNN's features, whose making was
-not published. They differ in `happy` alone, so what can be counted is which turns of the label files could be the rest.
+7433. The first counts the majority labels of the label files; the second is of DialogueRNN's features, whose making was
+not published. They differ in `happy` alone: counted is which turns of the label files could be the rest.
 """
 
 from collections import Counter

@@ -148,7 +148,7 @@ class _Table:
         self._origins: dict[str, str] = {}
         self._broken = {"encoding": [0, 0], "lost": [0, 0]}  # characters, rows
         for origin, cells in csv_rows(path, _text(path)):
-            self._add(origin, {column: cell.strip() for column, cell in cells.items()})
+            self._add(origin, cells)
         for kind, (characters, rows) in self._broken.items():
             if characters:
                 self._fault(kind, f"{characters} in {rows} rows")
@@ -159,6 +159,9 @@ class _Table:
             raise UserError(
                 f"{self.path}: no column {absent[0]!r}, so this is no CSV of MELD; take the one of MELD.Raw"
             )
+        # Mended before they are stripped: Python takes U+0085, a misread ellipsis, for a space.
+        text, speaker = (self._mended(cells[column]).strip() for column in ("Utterance", "Speaker"))
+        cells = {column: cell.strip() for column, cell in cells.items()}
         place = origin.removeprefix(f"{self.path} ")
         dialogue, turn, season, episode = (
             _whole(cells[column], column, origin) for column in ("Dialogue_ID", "Utterance_ID", "Season", "Episode")
@@ -176,9 +179,9 @@ class _Table:
         self.rows[clip] = Row(
             dialogue=f"{self.split}_dia{dialogue}",
             turn=turn,
-            speaker=self._mended(cells["Speaker"]),
+            speaker=speaker,
             label=LABELS.index(cells["Emotion"]),
-            text=self._mended(cells["Utterance"]),
+            text=text,
             clip=None,
             identity="",
             origin=origin,
@@ -247,6 +250,8 @@ def _text(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
+        if b"\0" in data:
+            raise UserError(f"{path}: not UTF-8 text; take the CSV of MELD.Raw") from None
         return data.decode("latin-1")  # of which `repair` makes what Windows-1252 meant
 
 
@@ -366,11 +371,11 @@ def _search(root: Path, wanted: Sequence[str], deepest: int) -> dict[str, Path]:
         for folder in level:
             for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
                 if entry.name in wanted and entry.is_dir() != entry.name.endswith(".csv"):
-                    if entry.name in found:
+                    if entry.name in found and not _same_table(found[entry.name], Path(entry.path)):
                         raise UserError(
                             f"{root}: holds {found[entry.name]} and {entry.path}; give the folder of one of the two"
                         )
-                    found[entry.name] = Path(entry.path)
+                    found.setdefault(entry.name, Path(entry.path))
                 elif entry.is_dir() and not entry.name.startswith(".") and entry.name not in FOLDERS.values():
                     below.append(Path(entry.path))
         places = found | places
@@ -378,3 +383,7 @@ def _search(root: Path, wanted: Sequence[str], deepest: int) -> dict[str, Path]:
         if all(name in places for name in wanted):
             break
     return places
+
+
+def _same_table(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
