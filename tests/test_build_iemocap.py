@@ -45,6 +45,7 @@ def faulty(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in (transcript.parent, first / "dialog" / "EmoEvaluation"):
         (folder / "._Ses01F_impro01.txt").write_bytes(b"\x00\x05\x16\x07")
     (first / "dialog" / "EmoEvaluation" / "Ses01F_impro01.pk").write_bytes(b"\x80")
+    (first / "dialog" / "EmoEvaluation" / "Ses01F_impro99.txt").write_text("")
     (first / "dialog" / "EmoEvaluation" / "Categorical").mkdir()
     (first / "dialog" / "EmoEvaluation" / "Categorical" / "Ses01F_impro01_e2_cat.txt").write_text("x :Neutral; ()")
     wavs = third / "sentences" / "wav" / "Ses03F_impro01"
@@ -125,6 +126,7 @@ def test_every_planted_fault_is_named_and_treated_and_the_corpus_is_sound(built:
         (f"{spoken}/Ses01F_impro01.txt", "1 line(s) are no transcript"),
         (f"{spoken}/Ses01F_impro01.txt", "Ses01F_impro01_F000: transcribed twice"),
         ("1/dialog/EmoEvaluation/Ses01F_impro01.txt", "Ses01F_impro01_M000: no transcript"),
+        ("1/dialog/EmoEvaluation/Ses01F_impro99.txt", "no turn in it"),
         (spoken, "1 transcript(s) of no labelled turn (Ses01F_impro01_MXX0)"),
         (f"{wavs}/Ses03F_impro01/Ses03F_impro01_F000.wav", "no clip"),
         (f"{wavs}/Ses03F_impro01/Ses03F_impro01_F001.wav", "an empty file"),
@@ -222,6 +224,7 @@ LABEL_FILE = "Session2/dialog/EmoEvaluation/Ses02F_impro01.txt"
 @pytest.mark.parametrize(
     ("pattern", "by", "says"),
     [
+        (r"\[1\.0", "[1.0.", r"line 3: not of the form"),
         (r"\[1\.0", "[one", r"Ses02F_impro01.txt line 3: not of the form \[START - END\] TURN LABEL \[V, A, D\]"),
         ("\t[a-z]{3}\t", "\tjoy\t", "line 3: unknown label 'joy'; known: hap, sad"),
         ("Ses02F_impro01_F000", "Ses02F_impro02_F000", "turn Ses02F_impro02_F000 is of another dialogue"),

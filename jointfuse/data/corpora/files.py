@@ -80,7 +80,7 @@ class FileCorpus(_Strict):
     @classmethod
     def _pattern_is_one(cls, pattern: str) -> str:
         try:
-            re.compile(pattern)
+            _compiled(pattern)
         except re.error as error:
             raise ValueError(f"is no regular expression: {error}") from error
         return pattern
@@ -108,7 +108,7 @@ class FileCorpus(_Strict):
     @property
     def names(self) -> list[str]:
         """Of the pattern's groups and the table's columns."""
-        return [*re.compile(self.pattern).groupindex, *(self.table.columns if self.table else ())]
+        return [*_compiled(self.pattern).groupindex, *(self.table.columns if self.table else ())]
 
 
 def read_description(path: str | Path) -> FileCorpus:
@@ -233,10 +233,15 @@ def _sound_files(raw: Path) -> list[Path]:
     return paths
 
 
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """For whole paths; group 1 is the part that the pattern describes."""
+    return re.compile(f"(?:.*/)?({pattern})")
+
+
 def _matching(raw: Path, paths: Sequence[Path], pattern: str, left: _Left) -> Iterator[tuple[Path, re.Match[str]]]:
-    """The files named as the pattern says; its group 1 is what it matched."""
+    """The files named as the pattern says, with what was found in their names."""
     hidden, strange = [], []
-    compiled = re.compile(f"(?:.*/)?({pattern})")
+    compiled = _compiled(pattern)
     for path in paths:
         relative = path.relative_to(raw)
         if any(part.startswith((".", "__MACOSX")) for part in relative.parts):

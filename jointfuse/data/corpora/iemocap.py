@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jointfuse.data.build import CorpusSpec, Fault, Row
-from jointfuse.data.corpora.files import unusable
+from jointfuse.data.corpora.files import some, unusable
 from jointfuse.data.corpora.table import read_clips
 from jointfuse.errors import UserError
 
@@ -41,7 +41,8 @@ VIEWS: dict[str, dict[str, str]] = {
 }
 SESSIONS = (1, 2, 3, 4, 5)
 
-SUMMARY = re.compile(r"\[(\d[\d.]*) - (\d[\d.]*)\]\t(\w+)\t(\w+)\t\[(-?[\d.]+), (-?[\d.]+), (-?[\d.]+)\]")
+NUMBER = r"(-?\d+(?:\.\d+)?)"
+SUMMARY = re.compile(rf"\[{NUMBER} - {NUMBER}\]\t(\w+)\t(\w+)\t\[{NUMBER}, {NUMBER}, {NUMBER}\]")
 VOTE = re.compile(r"C-E\d+:\t([^\t(]*)")  # C-F1 and C-M1 are the actors' own; the majority is the evaluators'
 SPOKEN = re.compile(r"(Ses\w+)\s*\[[^\]]*\]\s*:\s*(.*)")
 NAMELESS = re.compile(r"[MF]:")
@@ -258,6 +259,8 @@ def _read_dialogue(release: Release, path: Path, session: int, transcripts: Mapp
             "clip": None if fault else clip,
             "origin": origin,
         }
+    if not found:
+        _fault(release, path, "", "no turn in it", "left out")
     ordered = sorted(found, key=lambda name: (found[name]["start"], found[name]["end"], name))
     for number, name in enumerate(ordered):
         release.turns.append(Turn(name=name, dialogue=dialogue, session=session, number=number, **found[name]))
@@ -286,8 +289,7 @@ def _blocks(path: Path) -> Iterator[tuple[str, re.Match[str], tuple[str, ...]]]:
 
 def _unlabelled(release: Release, folder: Path, kind: str, names: Sequence[str]) -> None:
     if names:
-        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        _fault(release, folder, "", f"{len(names)} {kind}(s) of no labelled turn ({some})", "left out")
+        _fault(release, folder, "", f"{len(names)} {kind}(s) of no labelled turn ({some(names)})", "left out")
 
 
 def _fault(release: Release, path: Path, turn: str, fault: str, done: str) -> None:
