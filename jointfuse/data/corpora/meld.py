@@ -160,7 +160,7 @@ class _Table:
                 f"{self.path}: no column {absent[0]!r}, so this is no CSV of MELD; take the one of MELD.Raw"
             )
         # Mended before they are stripped: Python takes U+0085, a misread ellipsis, for a space.
-        text, speaker = (self._mended(cells[column]).strip() for column in ("Utterance", "Speaker"))
+        text, speaker = self._mended(cells["Utterance"], cells["Speaker"])
         cells = {column: cell.strip() for column, cell in cells.items()}
         place = origin.removeprefix(f"{self.path} ")
         dialogue, turn, season, episode = (
@@ -194,12 +194,13 @@ class _Table:
         elif end - start > MINUTES:
             self._fault("row-minutes", f"{end - start:.1f} s, {place}", clip)
 
-    def _mended(self, text: str) -> str:
-        text, mended = repair(text)
-        for kind, characters in (("encoding", mended), ("lost", text.count(LOST))):
+    def _mended(self, *cells: str) -> list[str]:
+        """Cells of one row, mended and stripped."""
+        texts, mended = zip(*map(repair, cells), strict=True)
+        for kind, characters in (("encoding", sum(mended)), ("lost", sum(text.count(LOST) for text in texts))):
             self._broken[kind][0] += characters
             self._broken[kind][1] += characters > 0
-        return text
+        return [text.strip() for text in texts]
 
     def _fault(self, kind: str, detail: str, clip: str | None = None) -> None:
         words = _words(kind, self.known(clip or ""), detail)
