@@ -1,5 +1,6 @@
 """The README's commands run as they stand, on a small table and with few steps."""
 
+import itertools
 import os
 import re
 import shutil
@@ -9,7 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from corpus_helpers import write_clip
+from release_fixtures import make_iemocap, make_ravdess
 from training_fixtures import RECIPE, SIZES, make_corpus
+
+from jointfuse.data.corpora.iemocap_counts import PUBLISHED
 
 PROJECT = Path(__file__).resolve().parents[1]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -22,6 +27,9 @@ SHORTER = {
     "python tools/verify_shards.py corpora/mine": {},
     "python tools/shard_stats.py corpora/mine --png corpora/mine.png": {},
     "python tools/build_shards.py meld MELD.Raw --out corpora/meld": {"corpora/meld": "corpora/meld --text-only"},
+    "python tools/build_shards.py iemocap IEMOCAP_full_release --out corpora/iemocap": {},
+    "python tools/build_shards.py ravdess RAVDESS --out corpora/ravdess": {},
+    "python tools/build_shards.py files crema-d.yaml AudioWAV --out corpora/crema-d": {},
     "jointfuse train --recipe small --run runs/mine --ranks 2 data.corpus=corpora/mine": {"--recipe small": TINY},
     "jointfuse eval runs/mine --split test": {},
     "jointfuse train --recipe small --run runs/local --ranks 2 data.corpus=corpora/mine "
@@ -76,7 +84,7 @@ def test_every_command_of_the_readme_is_run_here_or_in_ci() -> None:
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
-    """A folder as the README has it: tools, a table with its clips, MELD's tables, pretrained models, the demo's."""
+    """A folder as the README has it: tools, a table with its clips, published corpora, pretrained models, a demo."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "tools").symlink_to(PROJECT / "tools")
     (folder / "models").symlink_to(shared / "models")
@@ -91,6 +99,12 @@ def desk(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
     (folder / "wav").symlink_to(source / "wav")
     (folder / "corpora").mkdir()
     shutil.copytree(made, folder / "corpora" / "demo")
+    make_iemocap(folder, PUBLISHED, each=67, clips=1)
+    make_ravdess(folder, (1, 2, 17, 24))
+    (described,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    (folder / "crema-d.yaml").write_text(described, encoding="utf-8")
+    for speaker, label in itertools.product((1001, 1063, 1064, 1073), ("ANG", "HAP")):
+        write_clip(folder / "AudioWAV" / f"{speaker}_DFA_{label}_XX.wav", pitch=speaker % 100 * 10 + ord(label[0]))
     (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
     return folder
 

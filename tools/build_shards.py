@@ -5,9 +5,13 @@ tools/build_shards.py table --train train.csv --dev dev.csv --test test.csv --ou
 tools/build_shards.py table all.csv --out corpora/mine          # the split is a column
 tools/build_shards.py meld MELD.Raw --out corpora/meld
 tools/build_shards.py spoken --out corpora/demo                 # synthetic, made by espeak-ng in a minute
+tools/build_shards.py iemocap IEMOCAP_full_release --out corpora/iemocap
+tools/build_shards.py ravdess RAVDESS --out corpora/ravdess     # so do nemo and emodb
+tools/build_shards.py files mine.yaml FOLDER --out corpora/mine # file names say it all; see corpora/ravdess.yaml
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -118,6 +122,66 @@ def meld(
     _tell(build(spec, out, workers, samples_per_shard), out)
 
 
+@app.command()
+def iemocap(
+    raw: Annotated[Path, typer.Argument(help="IEMOCAP_full_release, unpacked")],
+    out: Out,
+    view: Annotated[str, typer.Option(help="six, four (excited joined into happy) or all labels")] = "six",
+    test_session: Annotated[int, typer.Option(help="the session left out of training")] = 5,
+    dev: Annotated[float, typer.Option(help="a share of the other sessions' dialogues, or one of their numbers")] = 0.1,
+    name: Annotated[str | None, typer.Option(help="default: the folder's name")] = None,
+    workers: Workers = None,
+    samples_per_shard: PerShard = 500,
+) -> None:
+    """IEMOCAP from its release: five sessions, one of them the test split."""
+    from jointfuse.data.build import build
+    from jointfuse.data.corpora.iemocap import iemocap_corpus, read_release
+    from jointfuse.data.corpora.iemocap_counts import check_counts, describe_counts
+
+    release = read_release(raw)
+    spec = iemocap_corpus(release, name or out.resolve().name, view, test_session, dev)
+    check_counts(release)
+    for line in describe_counts(release, view):
+        print(line)
+    _tell(build(spec, out, workers, samples_per_shard), out)
+
+
+@app.command()
+def files(
+    description: Annotated[str, typer.Argument(help="YAML file, or ravdess, nemo, emodb")],
+    raw: Annotated[Path, typer.Argument(help="folder of the sound files, at any depth")],
+    out: Out,
+    name: Annotated[str | None, typer.Option(help="default: the folder's name")] = None,
+    workers: Workers = None,
+    samples_per_shard: PerShard = 500,
+) -> None:
+    """A corpus whose file names say it all, described by a YAML file of some ten lines."""
+    from jointfuse.data.build import build
+    from jointfuse.data.corpora.files import files_corpus, read_description
+
+    spec = files_corpus(raw, read_description(description), name or out.resolve().name)
+    _tell(build(spec, out, workers, samples_per_shard), out)
+
+
+def _command(shipped: str) -> Callable[..., None]:
+    """`files` with a description that comes with the package."""
+
+    def command(
+        raw: Annotated[Path, typer.Argument(help="folder of the unpacked corpus")],
+        out: Out,
+        name: Annotated[str | None, typer.Option(help="default: the folder's name")] = None,
+        workers: Workers = None,
+        samples_per_shard: PerShard = 500,
+    ) -> None:
+        files(shipped, raw, out, name, workers, samples_per_shard)
+
+    return command
+
+
+for shipped in ("ravdess", "nemo", "emodb"):
+    app.command(shipped, help=f"As `files {shipped}`: the corpus as it is distributed.")(_command(shipped))
+
+
 def _tell(info: dict, out: Path) -> None:
     for split, content in info["splits"].items():
         hours = content["seconds"] / 3600
@@ -126,7 +190,8 @@ def _tell(info: dict, out: Path) -> None:
     if info["faults"]:
         print(f"{len(info['faults'])} fault(s) in what it was made from, listed as `faults` in {out / 'corpus.json'}:")
         for fault in info["faults"][:FAULTS_SHOWN]:
-            print(f"  {fault['split']} {fault['key'] or fault['file']}: {fault['fault']}; {fault['done']}")
+            place = " ".join(filter(None, (fault["split"], fault["key"] or fault["file"])))
+            print(f"  {place}: {fault['fault']}; {fault['done']}")
     print(f"{out}: finished")
 
 

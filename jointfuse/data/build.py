@@ -64,7 +64,7 @@ class Fault:
     `fault` and `done` are to be read, and like `file` they name no path of this machine.
     """
 
-    split: str
+    split: str  # empty, where it is in none
     file: str
     fault: str
     done: str
@@ -372,7 +372,7 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
     speakers = sorted({row.speaker for split in spec.splits.values() for dialogue in split for row in dialogue})
     mean, deviation = 0.0, 1.0
     splits = {}
-    faults: list[dict[str, Any]] = []
+    faults = [fault_record(fault.split, None, fault) for fault in spec.faults if fault.split not in spec.splits]
     for split, expected in jobs.items():
         sidecars = [json.loads(job.path.with_suffix(".json").read_text(encoding="utf-8")) for job in expected]
         with replacing(out / split / "index.bin") as file:

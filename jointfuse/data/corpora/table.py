@@ -104,7 +104,8 @@ def table_corpus(
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def _read(path: Path, split: str | None, columns: Mapping[str, str | None], allow_missing: bool) -> list[_Line]:
+def read_table(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """(place for messages, cells by column) of every row of a CSV, TSV or JSON-lines table. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such table; give the path of a CSV, TSV or JSONL file")
     try:
@@ -114,6 +115,11 @@ def _read(path: Path, split: str | None, columns: Mapping[str, str | None], allo
     records = list(_json_lines(path, text) if path.suffix.lower() in (".jsonl", ".ndjson") else csv_rows(path, text))
     if not records:
         raise UserError(f"{path}: the table has no rows; give a header line and one row an utterance")
+    return records
+
+
+def _read(path: Path, split: str | None, columns: Mapping[str, str | None], allow_missing: bool) -> list[_Line]:
+    records = read_table(path)
     names = list(dict.fromkeys(name for _, record in records for name in record))
     chosen = _columns(path, names, columns, split is None, allow_missing)
     lines = []
