@@ -76,6 +76,7 @@ class CorpusSpec:
     licence: str
     description: str
     synthetic: bool = False
+    speaker_independent: bool = False  # no speaker of train is in another split; verify.py holds the corpus to it
     fresh_process: bool = False  # one new process a shard, for synthesisers whose output depends on earlier calls
 
 
@@ -336,10 +337,9 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
     mean, deviation = 0.0, 1.0
     splits = {}
     for split, expected in jobs.items():
-        sidecars = [json.loads(job.path.with_suffix(".json").read_text(encoding="utf-8")) for job in expected]
         with replacing(out / split / "index.bin") as file:
-            file.write(index_rows(sidecars, speakers).tobytes())
-        samples = [sample for sidecar in sidecars for sample in sidecar["samples"]]
+            file.write(index_rows(_sidecars(expected), speakers).tobytes())
+        samples = (sample for sidecar in _sidecars(expected) for sample in sidecar["samples"])
         splits[split] = split_record(samples, spec.labels) | {
             "shards": [
                 {
@@ -348,11 +348,11 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
                     "bytes": sidecar["bytes"],
                     "sha256": sidecar["sha256"],
                 }
-                for job, sidecar in zip(expected, sidecars, strict=True)
+                for job, sidecar in zip(expected, _sidecars(expected), strict=True)
             ]
         }
         if split == "train":
-            mean, deviation = mel_statistics(sidecars)
+            mean, deviation = mel_statistics(_sidecars(expected))
     info = {
         "format": FORMAT,
         "builder": BUILDER,
@@ -361,6 +361,7 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
         "source": spec.source,
         "licence": spec.licence,
         "synthetic": spec.synthetic,
+        **({"speaker_independent": True} if spec.speaker_independent else {}),
         "labels": list(spec.labels),
         "mel": {"mean": mean, "deviation": deviation},
         "splits": splits,
@@ -368,3 +369,8 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
     }
     write_json(out / "corpus.json", info)
     return info
+
+
+def _sidecars(jobs: list[_Job]) -> Iterator[dict[str, Any]]:
+    """One after the other, read again for each use: those of a large split do not fit into memory together."""
+    return (json.loads(job.path.with_suffix(".json").read_text(encoding="utf-8")) for job in jobs)
