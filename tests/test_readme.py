@@ -37,6 +37,7 @@ SHORTER = {
     "python -m jointfuse.bench plan --utterances 100000000 --shards 100000": {
         "--utterances 100000000 --shards 100000": "--utterances 10000 --shards 100"
     },
+    "python -m jointfuse.bench build": {"bench build": "bench build --clips 20"},
 }
 # .ci/run runs the first two as they are, and the third within the first, with another recipe and one seed.
 IN_CI = [

@@ -34,7 +34,7 @@ from jointfuse.data.parallel import cores, processes, progress
 from jointfuse.data.shards import Utterance, write_tar
 from jointfuse.errors import UserError
 
-HEAVY = ("webdataset", "torchaudio", "scipy.signal")  # what a job imports
+HEAVY = ("torchaudio", "scipy.signal")  # what a job imports
 NO_MEL = {"count": 0, "sum": 0.0, "squares": 0.0}
 BUILDER = 1  # raised whenever the same rows would give other bytes
 SHARD_FILE = re.compile(r"shard-\d{6,}\.(tar|json)|\.(shard-\d{6,}\.(tar|json)|index\.bin)\.part|index\.bin")
