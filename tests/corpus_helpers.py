@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from jointfuse.data.build import build
+from jointfuse.data import build as building
+from jointfuse.data.build import CorpusSpec, build
 from jointfuse.data.corpora.table import table_corpus
 
 REPOSITORY = Path(__file__).parent.parent
@@ -89,6 +91,13 @@ def small_corpus() -> Path:
     spec = table_corpus([(split, folder / f"{split}.csv") for split in ("train", "dev", "test")], "small")
     build(spec, folder / "built", workers=2, samples_per_shard=4)
     return folder
+
+
+def build_here(spec: CorpusSpec, out: Path, samples_per_shard: int = 4) -> None:
+    """build, its jobs run in this process: starting another takes longer than the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "processes", lambda *_: ThreadPoolExecutor(1))
+        building.build(spec, out, workers=1, samples_per_shard=samples_per_shard)
 
 
 def split_options(folder: Path) -> list[str]:

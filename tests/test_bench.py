@@ -11,7 +11,7 @@ from distributed import run_program
 from rich.console import Console
 from training_fixtures import corpus, recipe
 
-from jointfuse.bench import block, data, icl, plan, step
+from jointfuse.bench import block, build, data, icl, plan, step
 from jointfuse.bench.device import held_bytes, peak_bytes
 from jointfuse.errors import UserError
 
@@ -147,6 +147,21 @@ def test_a_plan_of_any_size_is_timed_to_its_end(tmp_path: Path) -> None:
     assert "5,003 utterances in 70 shards, batches of 64" in console.export_text()
     with pytest.raises(UserError, match="--shards 9: there are 5 utterances"):
         plan.benchmark_plan(5, 9, 1, out, console)
+
+
+def test_a_build_is_timed_beside_its_floor_and_its_memory_is_told(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    console = Console(record=True, width=130)
+    result = build.benchmark_build(40, 0.5, 8000, 1, out, console)
+    assert json.loads(out.read_text()) == result
+    assert result["clips"] == 40
+    assert list(result["floors"]) == ["decode + encode", "decode + encode + mel"]
+    for floor in result["floors"].values():
+        assert floor["ratio"] == pytest.approx(result["ours"]["clips_a_second"] / floor["clips_a_second"])
+    assert result["bytes_at_the_end"] is None or result["bytes_at_the_end"] > 2**20
+    printed = console.export_text()
+    assert "40 clips of 0.5 s at 8,000 Hz, 1 processes" in printed
+    assert "floor: decode + encode + mel" in printed
 
 
 def test_what_a_graph_holds_is_weighed() -> None:

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -13,8 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from corpus_helpers import REPOSITORY, hashes, run_tool, small_corpus, split_options, write_clip, write_table
+import torchaudio.functional as F_audio
+from corpus_helpers import (
+    REPOSITORY,
+    build_here,
+    dialogue_rows,
+    hashes,
+    run_tool,
+    small_corpus,
+    split_options,
+    write_clip,
+    write_table,
+)
 
+from jointfuse.data import features
 from jointfuse.data.build import CorpusSpec, build, dialogue_keys, locked
 from jointfuse.data.corpora.table import load_clip, read_clips, table_corpus
 from jointfuse.data.shards import Corpus
@@ -22,6 +35,7 @@ from jointfuse.data.verify import verify
 from jointfuse.errors import UserError
 
 PAIRED = REPOSITORY.parent / "shared" / "data" / "paired"
+STOPS = int(os.environ.get("SOAK_SHARDS", "3"))  # tools/soak.sh shards
 BUILD = [sys.executable, str(REPOSITORY / "tools" / "build_shards.py"), "table"]
 
 
@@ -66,27 +80,62 @@ def refused(out: Path, *arguments: object, capsys: pytest.CaptureFixture[str]) -
 # ---------------------------------------------------------------------------------------------- the same bytes, always
 
 
-def test_a_killed_build_goes_on_and_ends_with_the_bytes_of_an_undisturbed_one(
-    tables: Path, built: Path, tmp_path: Path
+@pytest.mark.required
+def test_stopped_at_random_moments_a_build_goes_on_and_ends_with_the_bytes_of_an_undisturbed_one(
+    tmp_path: Path,
 ) -> None:
+    rows = dialogue_rows("train", 10 + 8 * STOPS, 4)
+    table = write_table(tmp_path / "train.csv", rows)
+    for number, row in enumerate(rows):
+        write_clip(tmp_path / row["audio"], 1 + number % 5 / 2, pitch=100 + number)
+    build_here(table_corpus([("train", table)], "small"), tmp_path / "whole")
     out = tmp_path / "out"
-    command = [*BUILD, *split_options(tables), "--out", str(out), "--workers", "1", "--samples-per-shard", "4"]
-    process = subprocess.Popen([*command, "--name", "small"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not list(out.glob("train/*.json")):
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    with pytest.raises(UserError, match="its building never ended"):
-        Corpus.open(out)
+    command = [*BUILD, "--train", str(table), "--out", str(out), "--workers", "2", "--samples-per-shard", "4"]
+    draw = random.Random(0)
+    done = 0
+    for number in range(STOPS):
+        process = subprocess.Popen([*command, "--name", "small"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        target = done + draw.randint(1, 4)
+        while len(list(out.glob("train/*.json"))) < target:
+            assert process.poll() is None, "ended before it could be stopped"
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.05))  # a shard takes some 20 ms
+        process.send_signal((signal.SIGKILL, signal.SIGINT)[number % 2])
+        assert process.wait() != 0
+        done = len(list(out.glob("train/*.json")))
+        with pytest.raises(UserError, match="its building never ended"):
+            Corpus.open(out)
     first = out / "train" / "shard-000000.tar"
     stamp = first.stat().st_mtime_ns
-    (out / "train" / ".shard-000009.tar.part").write_bytes(b"left by the killed one")
-    done = subprocess.run([*command, "--name", "small"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "shards are there already" in done.stderr
+    (out / "train" / ".shard-009999.tar.part").write_bytes(b"left by a killed one")
+    ended = subprocess.run([*command, "--name", "small"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "shards are there already" in ended.stderr
     assert first.stat().st_mtime_ns == stamp
-    assert hashes(out) == hashes(built)
+    assert hashes(out) == hashes(tmp_path / "whole")
+
+
+@pytest.mark.required
+def test_the_mel_statistics_are_those_of_every_value_of_the_training_clips_as_read_back(built: Path) -> None:
+    corpus = Corpus.open(built)
+    values: dict[str, np.ndarray] = {}
+    for name in corpus.splits:
+        split = corpus.split(name)
+        clips = [split.sample(id).waveform for id in range(len(split))]
+        values[name] = np.concatenate([log_mel_in_float64(clip).ravel() for clip in clips if clip is not None])
+    expected = values["train"].mean(), values["train"].std()
+    assert (corpus.mel_mean, corpus.mel_deviation) == pytest.approx(expected, rel=1e-5)
+    every = np.concatenate(list(values.values()))
+    assert abs(every.mean() - corpus.mel_mean) > 1e-3, "dev and test would change them"
+
+
+def log_mel_in_float64(clip: np.ndarray) -> np.ndarray:
+    """(S,) int16 -> (F, 80), by the definition: frames, a DFT, triangles, the logarithm."""
+    padded = np.pad(clip / 32768, features.MARGIN, mode="reflect")
+    window = np.pad(0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400), 56)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, 512)[::160] * window
+    filters = F_audio.melscale_fbanks(257, 20.0, 8000.0, 80, 16_000).double().numpy()
+    return np.log(np.maximum(np.abs(np.fft.rfft(frames)) ** 2 @ filters, 1e-6))
 
 
 def test_shards_of_other_rows_are_built_again(tables: Path, built: Path, tmp_path: Path) -> None:
@@ -218,11 +267,9 @@ def test_a_loud_resampled_clip_never_passes_full_scale(tmp_path: Path) -> None:
     assert np.abs(load_clip(tmp_path / "loud.wav")).max() <= 1
 
 
-def test_resampling_from_an_odd_rate_is_quick_and_keeps_the_tone(tmp_path: Path) -> None:
+def test_resampling_from_an_odd_rate_keeps_the_tone(tmp_path: Path) -> None:
     write_clip(tmp_path / "odd.wav", 5, 24_414, pitch=1000)
-    start = time.monotonic()
     waveform = load_clip(tmp_path / "odd.wav")
-    assert time.monotonic() - start < 2
     assert np.argmax(np.abs(np.fft.rfft(waveform[:16_000]))) == 1000
 
 

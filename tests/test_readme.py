@@ -25,11 +25,11 @@ TINY = f"--recipe tiny.yaml {FEW}"
 SHORTER = {
     "python tools/build_shards.py table all.csv --out corpora/mine": {},
     "python tools/verify_shards.py corpora/mine": {},
-    "python tools/shard_stats.py corpora/mine --png corpora/mine.png": {},
     "python tools/build_shards.py meld MELD.Raw --out corpora/meld": {"corpora/meld": "corpora/meld --text-only"},
     "python tools/build_shards.py iemocap IEMOCAP_full_release --out corpora/iemocap": {},
     "python tools/build_shards.py ravdess RAVDESS --out corpora/ravdess": {},
     "python tools/build_shards.py files crema-d.yaml AudioWAV --out corpora/crema-d": {},
+    "python tools/shard_stats.py corpora/mine --page corpora/mine.html": {},
     "jointfuse train --recipe small --run runs/mine --ranks 2 data.corpus=corpora/mine": {"--recipe small": TINY},
     "jointfuse eval runs/mine --split test": {},
     "jointfuse train --recipe small --run runs/local --ranks 2 data.corpus=corpora/mine "
@@ -50,6 +50,7 @@ SHORTER = {
     "jointfuse plan --recipe paper-large --nodes 128 --gpus-per-node 8 --tflops 700 --bandwidth 25": {
         "--recipe paper-large": "--recipe tiny.yaml data.corpus=corpora/mine",
     },
+    "python -m jointfuse.bench build": {"bench build": "bench build --clips 20"},
 }
 # .ci/run runs the first two as they are, and the third within the first, with another recipe and one seed.
 IN_CI = [
@@ -121,7 +122,7 @@ def test_the_commands_of_the_readme_end_well_one_after_the_other(desk: Path) -> 
             command, shell=True, cwd=desk, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    for made in ("corpora/mine.png", "runs/mine/eval-test/report.html"):
+    for made in ("corpora/mine.html", "runs/mine/eval-test/report.html"):
         assert (desk / made).stat().st_size > 10_000, made
     assert (desk / "runs/local/best/model.safetensors").exists()
     assert (desk / "runs/demo/status").read_text() == "finished\n"

@@ -2,13 +2,18 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from corpus_helpers import run_tool, small_corpus
+import soundfile
+from corpus_helpers import Row, build_here, make_tables, run_tool, small_corpus, tone, write_clip, write_table
 
+from jointfuse.data.corpora.table import table_corpus
 from jointfuse.data.index import INDEX_DTYPE
+from jointfuse.data.observe import LISTED, Observations, observe_speakers, repeated
 from jointfuse.data.verify import verify
 
 
@@ -120,3 +125,137 @@ def test_statistics_are_printed_and_drawn(tmp_path: Path, capsys: pytest.Capture
     status, _, err = run_tool("shard_stats", small_corpus() / "built", "--png", tmp_path / "stats.pdf", capsys=capsys)
     assert status == 2
     assert "give a name ending in .png" in err
+
+
+# -------------------------------------------------------------------------------------------------------- observations
+
+
+def remade(tmp_path: Path, change: Callable[[dict[str, list[Row]], Path], None], **options: Any) -> Path:
+    """The small corpus, made in this process from rows and clips that `change` has altered."""
+    folder = tmp_path / "tables"
+    rows = make_tables(folder)
+    change(rows, folder)
+    for split, content in rows.items():
+        write_table(folder / f"{split}.csv", content)
+    spec = table_corpus([(split, folder / f"{split}.csv") for split in rows], "small")
+    build_here(replace(spec, **options), tmp_path / "corpus")
+    return tmp_path / "corpus"
+
+
+def same_speakers(rows: dict[str, list[Row]], folder: Path) -> None:
+    """Ann and Bob are in train alone."""
+    for split in ("dev", "test"):
+        for row in rows[split]:
+            row["speaker"] += f" of {split}"
+
+
+@pytest.mark.required
+def test_silence_clipping_repeated_clips_and_times_are_observed_and_no_faults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(rows: dict[str, list[Row]], folder: Path) -> None:
+        train, dev = rows["train"], rows["dev"]
+        for number, row in enumerate(dev + rows["test"]):
+            write_clip(folder / row["audio"], 0.3, pitch=500 + 10 * number)
+        soundfile.write(folder / train[0]["audio"], np.zeros(3200), 16_000)
+        soundfile.write(folder / train[1]["audio"], 3e-4 * tone(0.3), 16_000)
+        soundfile.write(folder / train[2]["audio"], np.clip(4 * tone(0.3), -1, 1), 16_000)
+        shutil.copy(folder / train[5]["audio"], folder / dev[1]["audio"])
+        shutil.copy(folder / train[5]["audio"], folder / train[7]["audio"])
+        dev[1].update(text=train[5]["text"], emotion=train[5]["emotion"])
+        train[7]["emotion"] = "fear" if train[5]["emotion"] == "joy" else "joy"
+        for content in rows.values():
+            for row in content:
+                row |= {"start": row["turn"], "end": row["turn"] + 0.5}
+        train[10]["start"], train[10]["end"] = 0.2, -1
+        train[11]["start"] = train[11]["end"] = 3
+        same_speakers(rows, folder)
+
+    corpus = remade(tmp_path, change)
+    status, out, _ = run_tool("verify_shards", corpus, "--workers", 1, capsys=capsys)
+    assert status == 0
+    for expected in (
+        "silent clip (below -60 dB): 2",
+        "sample train_train0_000: digital silence",
+        "sample train_train0_001: -80 dB",
+        "clipped clip (over 0.1% at full scale): 1",
+        "sample train_train0_002: 66.8% of its samples at full scale",
+        "clip of another split: 1",
+        "sample dev_dev0_001: as train train_train1_001, with the same text and the same label",
+        "clip that is in its split twice: 1",
+        "sample train_train1_003: as train train_train1_001, with another text and another label",
+        "time that ends before it starts: 2",
+        "sample train_train2_002: from 0.2 to -1 s",
+        "turn that starts before the turn before it: 1",
+        "sample train_train2_002: at 0.2 s, the turn before at 1 s",
+        "sample train_train2_003: from 3 to 3 s",
+        "no fault(s) in 28 samples",
+        "; 8 observation(s)",
+    ):
+        assert expected in out, out
+    assert "speakers with train" not in out
+
+
+def test_speakers_of_train_in_another_split_are_an_observation_unless_the_corpus_excludes_it(tmp_path: Path) -> None:
+    def nothing(rows: dict[str, list[Row]], folder: Path) -> None: ...
+
+    report = verify(remade(tmp_path / "shared", nothing), workers=1)
+    assert report.observations.counts["split that shares speakers with train"] == 2
+    assert not report.faults
+    report = verify(remade(tmp_path / "said", nothing, speaker_independent=True), workers=1)
+    assert [fault.partition(": ")[2] for fault in report.faults] == [
+        "2 of 2 speakers are in train too: Ann, Bob; corpus.json says that the splits share no speaker"
+    ] * 2
+    assert not verify(remade(tmp_path / "kept", same_speakers, speaker_independent=True), workers=1).faults
+
+
+def test_rows_without_a_speaker_share_none() -> None:
+    assert not list(observe_speakers({"train": ["unknown", "Ann"], "dev": ["unknown", "Bob"]}))
+
+
+def test_what_is_not_a_number_is_a_fault_wherever_it_stands(copy: Path) -> None:
+    def spoil(info: dict[str, Any]) -> None:
+        info["mel"]["deviation"] = float("nan")
+
+    def spoil_sums(sidecar: dict[str, Any]) -> None:
+        sidecar["mel"]["sum"] = float("inf")
+
+    rewrite(copy / "corpus.json", spoil)
+    rewrite(copy / "train" / "shard-000001.json", spoil_sums)
+    # Inside a tar, NaN takes the four bytes of null.
+    tar = copy / "dev" / "shard-000000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b'"start": null', b'"start": NaN ', 1))
+    faults = "\n".join(verify(copy, workers=1).faults)
+    assert "corpus.json: mel.deviation is nan, not a number" in faults
+    assert "shard-000001.json: mel.sum is inf, not a number" in faults
+    assert "sample dev_dev0_000 at byte 0: start is nan, not a number" in faults
+
+
+def test_a_dialogue_in_pieces_and_a_key_twice_are_found_over_shards(copy: Path) -> None:
+    def again(sidecar: dict[str, Any]) -> None:
+        for sample in sidecar["samples"]:
+            sample["dialogue"] = "train1"
+        sidecar["samples"][0]["key"] = "train_train1_000"
+
+    rewrite(copy / "train" / "shard-000003.json", again)
+    faults = "\n".join(verify(copy, workers=1).faults)
+    assert "train: dialogue 'train1' is in pieces, in shard-000001 and shard-000003" in faults
+    assert "train: key 'train_train1_000' is there 2 times" in faults
+
+
+def test_an_observation_made_often_is_counted_and_its_first_lines_kept() -> None:
+    ours, other = Observations(), Observations()
+    for number in range(LISTED + 5):
+        ours.note("silent", f"a{number}")
+        other.note("silent", f"b{number}")
+        other.note("clipped", f"b{number}")
+    ours.add(other)
+    assert ours.counts == {"silent": 2 * LISTED + 10, "clipped": LISTED + 5}
+    assert ours.lines["silent"] == [f"a{number}" for number in range(LISTED)]
+    assert len(ours.lines["clipped"]) == LISTED
+
+
+def test_repeated_hashes_are_found_in_order_and_zero_is_none() -> None:
+    found = repeated(np.array([7, 0, 5, 7, 0, 5, 9, 7], dtype=np.uint64))
+    assert [group.tolist() for group in found] == [[0, 3, 7], [2, 5]]
+    assert not list(repeated(np.zeros(0, dtype=np.uint64)))

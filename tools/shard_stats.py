@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Show what is in a corpus: tables, and with --png a picture."""
+"""Show what is in a corpus: tables, with --png a picture, with --page a page with samples to look at and hear."""
 
 import sys
 from pathlib import Path
@@ -13,6 +13,7 @@ from jointfuse.errors import UserError
 def command(
     corpus: Annotated[Path, typer.Argument(help="folder of the corpus")],
     png: Annotated[Path | None, typer.Option(help="also draw a picture into this file")] = None,
+    page: Annotated[Path | None, typer.Option(help="also write a page about the corpus into this .html file")] = None,
 ) -> None:
     """Counts, durations, speakers and dialogue lengths of a corpus."""
     from rich.console import Console
@@ -22,6 +23,8 @@ def command(
 
     if png is not None and png.suffix.lower() != ".png":
         raise UserError(f"--png {png}: the picture is a PNG; give a name ending in .png")
+    if page is not None and page.suffix.lower() != ".html":
+        raise UserError(f"--page {page}: the page is HTML; give a name ending in .html")
     opened = Corpus.open(corpus)
     stats = corpus_stats(opened)
     for table in tables(opened, stats):
@@ -29,6 +32,11 @@ def command(
     if png is not None:
         plot(opened, stats, png)
         print(f"{png}: drawn")
+    if page is not None:
+        from jointfuse.evaluate.corpus_page import write_corpus_page
+
+        write_corpus_page(opened, page)
+        print(f"{page}: written")
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # The long versions of loops of which the tests run a few rounds.
 #   tools/soak.sh saves    50 runs killed while they save
+#   tools/soak.sh shards   20 builds stopped at random moments
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case "${1:-}" in
 saves) SOAK_SAVES=${2:-50} .venv/bin/python -m pytest -q tests/test_saves.py ;;
+shards) SOAK_SHARDS=${2:-20} .venv/bin/python -m pytest -q tests/test_build_table.py -k stopped_at_random ;;
 *)
-    sed -n '2,3s/^# //p' "$0" >&2
+    sed -n '2,4s/^# //p' "$0" >&2
     exit 2
     ;;
 esac

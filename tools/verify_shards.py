@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Read a corpus again, all of it, and list what is not as recorded. Exit status: 0 sound, 1 faults, 2 no corpus."""
+"""Read a corpus again, all of it: what is not as recorded, and what else one should know of it.
+
+Exit status: 0 sound, whatever was observed; 1 faults; 2 no corpus.
+"""
 
 import sys
 from pathlib import Path
@@ -14,14 +17,23 @@ def command(
     corpus: Annotated[Path, typer.Argument(help="folder of the corpus")],
     workers: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
 ) -> None:
-    """Read a corpus again, all of it, and list what is not as recorded."""
+    """Read a corpus again, all of it: faults (exit status 1), and observations, which are none: silent or clipped
+    clips, the same clip twice, times that run backwards, speakers across splits."""
     from jointfuse.data.verify import verify
 
     report = verify(corpus, workers)
     for fault in report.faults:
         print(fault)
+    for kind, count in report.observations.counts.items():
+        lines = report.observations.lines[kind]
+        print(f"observed: {kind}: {count}")
+        for line in lines:
+            print(f"    {line}")
+        if count > len(lines):
+            print(f"    and {count - len(lines)} more")
     amount = f"{report.samples} samples, {report.shards} shards, {report.bytes / 1e6:.1f} MB, {report.splits} splits"
-    print(f"{corpus}: {len(report.faults) or 'no'} fault(s) in {amount}")
+    seen = report.observations.counts.total()
+    print(f"{corpus}: {len(report.faults) or 'no'} fault(s) in {amount}; {seen or 'no'} observation(s)")
     if report.faults:
         raise typer.Exit(1)
 

@@ -1,4 +1,4 @@
-"""python -m jointfuse.bench icl | block | step | checkpointing | data | plan"""
+"""python -m jointfuse.bench icl | block | step | checkpointing | data | plan | build"""
 
 import sys
 from pathlib import Path
@@ -109,6 +109,20 @@ def plan(
     from jointfuse.bench.plan import benchmark_plan
 
     benchmark_plan(utterances, shards, batch, out, _console())
+
+
+@app.command()
+def build(
+    clips: Annotated[int, typer.Option(min=1, help="synthetic WAV files, made in a scratch folder")] = 20_000,
+    clip_seconds: Annotated[float, typer.Option(min=0.1, help="length of each")] = 2.0,
+    rate: Annotated[int, typer.Option(min=8000, help="their sampling rate; others than 16000 are resampled")] = 16_000,
+    workers: Annotated[int | None, typer.Option(min=1, help="building processes; default: one a core")] = None,
+    out: Annotated[Path | None, typer.Option(help="result file; build/bench/build-DEVICE.json unless set")] = None,
+) -> None:
+    """Building a corpus from sound files, beside decoding and encoding them in a plain loop; and its memory."""
+    from jointfuse.bench.build import benchmark_build
+
+    benchmark_build(clips, clip_seconds, rate, workers, out, _console())
 
 
 def _console() -> Console:

@@ -34,7 +34,7 @@ from jointfuse.data.parallel import cores, processes, progress
 from jointfuse.data.shards import Utterance, write_tar
 from jointfuse.errors import UserError
 
-HEAVY = ("webdataset", "torchaudio", "scipy.signal")  # what a job imports
+HEAVY = ("torchaudio", "scipy.signal")  # what a job imports
 NO_MEL = {"count": 0, "sum": 0.0, "squares": 0.0}
 BUILDER = 1  # raised whenever the same rows would give other bytes
 SHARD_FILE = re.compile(r"shard-\d{6,}\.(tar|json)|\.(shard-\d{6,}\.(tar|json)|index\.bin)\.part|index\.bin")
@@ -100,6 +100,7 @@ class CorpusSpec:
     licence: str
     description: str
     synthetic: bool = False
+    speaker_independent: bool = False  # no speaker of train is in another split; verify.py holds the corpus to it
     fresh_process: bool = False  # one new process a shard, for synthesisers whose output depends on earlier calls
     faults: Sequence[Fault] = ()
 
@@ -374,11 +375,10 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
     splits = {}
     faults = [fault_record(fault.split, None, fault) for fault in spec.faults if fault.split not in spec.splits]
     for split, expected in jobs.items():
-        sidecars = [json.loads(job.path.with_suffix(".json").read_text(encoding="utf-8")) for job in expected]
         with replacing(out / split / "index.bin") as file:
-            file.write(index_rows(sidecars, speakers).tobytes())
-        samples = [sample for sidecar in sidecars for sample in sidecar["samples"]]
-        faults += _faults(spec, split, sidecars)
+            file.write(index_rows(_sidecars(expected), speakers).tobytes())
+        samples = (sample for sidecar in _sidecars(expected) for sample in sidecar["samples"])
+        faults += _faults(spec, split, expected)
         splits[split] = split_record(samples, spec.labels) | {
             "shards": [
                 {
@@ -387,11 +387,11 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
                     "bytes": sidecar["bytes"],
                     "sha256": sidecar["sha256"],
                 }
-                for job, sidecar in zip(expected, sidecars, strict=True)
+                for job, sidecar in zip(expected, _sidecars(expected), strict=True)
             ]
         }
         if split == "train":
-            mean, deviation = mel_statistics(sidecars)
+            mean, deviation = mel_statistics(_sidecars(expected))
     info = {
         "format": FORMAT,
         "builder": BUILDER,
@@ -400,6 +400,7 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
         "source": spec.source,
         "licence": spec.licence,
         "synthetic": spec.synthetic,
+        **({"speaker_independent": True} if spec.speaker_independent else {}),
         "labels": list(spec.labels),
         "mel": {"mean": mean, "deviation": deviation},
         "splits": splits,
@@ -410,15 +411,29 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
     return info
 
 
-def _faults(spec: CorpusSpec, split: str, sidecars: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _sidecars(jobs: list[_Job]) -> Iterator[dict[str, Any]]:
+    """One after the other, read again for each use: those of a large split do not fit into memory together."""
+    return (json.loads(job.path.with_suffix(".json").read_text(encoding="utf-8")) for job in jobs)
+
+
+def _faults(spec: CorpusSpec, split: str, jobs: list[_Job]) -> list[dict[str, Any]]:
     """What was wrong in one split: first what concerns no utterance, then the utterances' own in their order."""
-    samples = [sample for sidecar in sidecars for sample in sidecar["samples"]]
-    key_of = {(sample["dialogue"], sample["turn"]): sample["key"] for sample in samples}
-    place = {sample["key"]: number for number, sample in enumerate(samples)} | {None: -1}
-    known = [
-        fault_record(split, key_of[fault.utterance] if fault.utterance else None, fault)
-        for fault in spec.faults
-        if fault.split == split
-    ]
-    found = [fault for sidecar in sidecars for fault in sidecar.get("faults", [])]
-    return sorted(known + found, key=lambda fault: place[fault["key"]])
+    known = [fault for fault in spec.faults if fault.split == split]
+    concerned = {fault.utterance for fault in known}
+    found: list[dict[str, Any]] = []
+    key_of: dict[tuple[str, int] | None, str | None] = {None: None}
+    place: dict[str | None, int] = {None: -1}
+    number = 0
+    for sidecar in _sidecars(jobs):
+        faults = sidecar.get("faults", [])
+        found += faults
+        faulty = {fault["key"] for fault in faults}
+        for sample in sidecar["samples"]:
+            key, utterance = sample["key"], (sample["dialogue"], sample["turn"])
+            if utterance in concerned:
+                key_of[utterance] = key
+            if utterance in concerned or key in faulty:
+                place[key] = number
+            number += 1
+    given = [fault_record(split, key_of[fault.utterance], fault) for fault in known]
+    return sorted(given + found, key=lambda fault: place[fault["key"]])

@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import and_
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,9 +30,10 @@ INDEX_DTYPE = np.dtype(
 def index_rows(sidecars: Iterable[dict[str, Any]], speakers: Sequence[str]) -> np.ndarray:
     """A split's index, (samples,) of INDEX_DTYPE, from its sidecars in shard order and the corpus's speakers."""
     number_of = {speaker: number for number, speaker in enumerate(speakers)}
-    rows = []
+    parts = [np.zeros(0, dtype=INDEX_DTYPE)]  # an array a shard: the rows as Python's numbers take ten times as much
     dialogue, last = -1, None
     for shard, sidecar in enumerate(sidecars):
+        rows = []
         for sample in sidecar["samples"]:
             if sample["dialogue"] != last:
                 dialogue, last = dialogue + 1, sample["dialogue"]
@@ -52,21 +52,31 @@ def index_rows(sidecars: Iterable[dict[str, Any]], speakers: Sequence[str]) -> n
                     sample["turn"],
                 )
             )
-    return np.array(rows, dtype=INDEX_DTYPE)
+        parts.append(np.array(rows, dtype=INDEX_DTYPE))
+    return np.concatenate(parts)
 
 
-def split_record(samples: Sequence[dict[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
+def split_record(samples: Iterable[dict[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
     """What corpus.json says of a split besides its shards, from the samples of its sidecars."""
-    emotions = Counter(sample["emotion"] for sample in samples)
-    no_text = [not sample["characters"] for sample in samples]
-    no_clip = [not sample["duration"] for sample in samples]
+    number, seconds, emotions = 0, 0.0, Counter[str]()
+    lacking = {"text": 0, "clip": 0, "both": 0}
+    dialogues, speakers = set(), set()
+    for sample in samples:
+        number += 1
+        seconds += sample["duration"]
+        emotions[sample["emotion"]] += 1
+        lacking["text"] += not sample["characters"]
+        lacking["clip"] += not sample["duration"]
+        lacking["both"] += not sample["characters"] and not sample["duration"]
+        dialogues.add(sample["dialogue"])
+        speakers.add(sample["speaker"])
     return {
-        "samples": len(samples),
-        "dialogues": len({sample["dialogue"] for sample in samples}),
-        "seconds": round(sum(sample["duration"] for sample in samples), 3),
-        "lacking": {"text": sum(no_text), "clip": sum(no_clip), "both": sum(map(and_, no_text, no_clip))},
+        "samples": number,
+        "dialogues": len(dialogues),
+        "seconds": round(seconds, 3),
+        "lacking": lacking,
         "label_counts": {label: emotions[label] for label in labels},
-        "speakers": sorted({sample["speaker"] for sample in samples}),
+        "speakers": sorted(speakers),
     }
 
 

@@ -77,49 +77,70 @@ class _HashingFile:
         return self.file.write(data)
 
 
+_BLANK = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+_NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 135), slice(148, 156)  # in a header
+
+
+def _header(name: str, size: int) -> bytes:
+    """The tar header of a file of mode 644, without time and owner.
+
+    tarfile's own bytes; made by it they take longer than hashing and writing what follows them.
+    """
+    if not name.isascii() or len(name) > 100 or size >= 8**11:
+        info = tarfile.TarInfo(name)
+        info.size = size
+        return info.tobuf(tarfile.PAX_FORMAT)
+    header = bytearray(_BLANK)
+    header[_NAME] = name.encode().ljust(100, b"\0")
+    header[_SIZE] = b"%011o" % size
+    header[_CHECKSUM] = b"        "  # as which it counts in its own sum
+    header[_CHECKSUM] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
 def write_tar(path: Path, utterances: Iterable[Utterance], seen: Accumulator | None = None) -> dict[str, Any]:
     """Write one tar and return its sidecar: {"sha256", "bytes", "samples": [...]}.
 
     The bytes depend on the utterances alone: members are sorted, times, owners and modes fixed. `seen.add` receives
     every clip.
     """
-    import webdataset
-
     samples = []
     with replacing(path) as file:
-        hashing = _HashingFile(file)
-        with webdataset.TarWriter(hashing, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
-            for utterance in utterances:
-                offset = tar.tarstream.offset
-                members: dict[str, Any] = {
-                    "__key__": utterance.key,
-                    "txt": utterance.text.encode(),
-                    "json": json.dumps(utterance.meta, ensure_ascii=False, sort_keys=True).encode(),
+        tar = _HashingFile(file)
+        for utterance in utterances:
+            offset = tar.bytes
+            members = {
+                "txt": utterance.text.encode(),
+                "json": json.dumps(utterance.meta, ensure_ascii=False, sort_keys=True).encode(),
+            }
+            duration = 0.0
+            if utterance.waveform is not None:
+                flac = io.BytesIO()
+                soundfile.write(flac, utterance.waveform, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+                members["flac"] = flac.getvalue()
+                duration = len(utterance.waveform) / SAMPLE_RATE
+                if seen is not None:
+                    seen.add(utterance.waveform)
+            for extension, content in sorted(members.items()):
+                tar.write(_header(f"{utterance.key}.{extension}", len(content)) + content)
+                tar.write(bytes(-len(content) % tarfile.BLOCKSIZE))
+            samples.append(
+                {
+                    "key": utterance.key,
+                    "offset": offset,
+                    "size": tar.bytes - offset,
+                    "duration": duration,
+                    "characters": len(utterance.text),
+                    "label": utterance.label,
+                    "emotion": utterance.meta["emotion"],
+                    "speaker": utterance.speaker,
+                    "dialogue": utterance.dialogue,
+                    "turn": utterance.turn,
                 }
-                duration = 0.0
-                if utterance.waveform is not None:
-                    flac = io.BytesIO()
-                    soundfile.write(flac, utterance.waveform, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-                    members["flac"] = flac.getvalue()
-                    duration = len(utterance.waveform) / SAMPLE_RATE
-                    if seen is not None:
-                        seen.add(utterance.waveform)
-                tar.write(members)
-                samples.append(
-                    {
-                        "key": utterance.key,
-                        "offset": offset,
-                        "size": tar.tarstream.offset - offset,
-                        "duration": duration,
-                        "characters": len(utterance.text),
-                        "label": utterance.label,
-                        "emotion": utterance.meta["emotion"],
-                        "speaker": utterance.speaker,
-                        "dialogue": utterance.dialogue,
-                        "turn": utterance.turn,
-                    }
-                )
-    return {"sha256": hashing.hash.hexdigest(), "bytes": hashing.bytes, "samples": samples}
+            )
+        tar.write(bytes(2 * tarfile.BLOCKSIZE))
+        tar.write(bytes(-tar.bytes % tarfile.RECORDSIZE))
+    return {"sha256": tar.hash.hexdigest(), "bytes": tar.bytes, "samples": samples}
 
 
 # ------------------------------------------------------------------------------------------------------------ reading

@@ -116,10 +116,10 @@ def plot(corpus: Corpus, stats: list[SplitStats], path: str | os.PathLike[str]) 
     )
     figure.suptitle(f"{corpus.name}{synthetic}: {total}", fontsize=14, fontweight="bold", x=0.01, ha="left")
     panels = figure.subplots(2, 2)
-    _plot_classes(panels[0, 0], corpus.labels, stats)
-    _plot_durations(panels[0, 1], stats)
-    _plot_dialogues(panels[1, 0], stats)
-    _plot_speakers(panels[1, 1], corpus.speakers, stats)
+    plot_classes(panels[0, 0], corpus.labels, stats)
+    plot_durations(panels[0, 1], stats)
+    plot_dialogues(panels[1, 0], stats)
+    plot_speakers(panels[1, 1], corpus.speakers, stats)
     for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_axisbelow(True)
@@ -128,7 +128,7 @@ def plot(corpus: Corpus, stats: list[SplitStats], path: str | os.PathLike[str]) 
     figure.savefig(path)
 
 
-def _plot_classes(panel: Axes, labels: list[str], stats: list[SplitStats]) -> None:
+def plot_classes(panel: Axes, labels: list[str], stats: list[SplitStats]) -> None:
     width = 0.84 / len(stats)
     for number, split in enumerate(stats):
         places = np.arange(len(labels)) + (number - (len(stats) - 1) / 2) * width
@@ -142,7 +142,7 @@ def _plot_classes(panel: Axes, labels: list[str], stats: list[SplitStats]) -> No
     panel.grid(axis="y", alpha=0.3)
 
 
-def _plot_durations(panel: Axes, stats: list[SplitStats]) -> None:
+def plot_durations(panel: Axes, stats: list[SplitStats]) -> None:
     panel.set(title="Clip duration", xlabel="seconds", ylabel="% of clips")
     heard = [split.seconds for split in stats if len(split.seconds)]
     if not heard:
@@ -151,20 +151,20 @@ def _plot_durations(panel: Axes, stats: list[SplitStats]) -> None:
     every = np.concatenate(heard)
     # A handful of minute-long clips would squeeze all others into one bar.
     end = min(float(every.max()), 3 * float(np.percentile(every, 95)))
-    _histogram(panel, [np.minimum(split.seconds, end) for split in stats], np.linspace(float(every.min()), end, 41))
+    histogram(panel, [np.minimum(split.seconds, end) for split in stats], np.linspace(float(every.min()), end, 41))
     beyond = int((every > end).sum())
     if beyond:
         panel.set_xlabel(f"seconds ({beyond} longer clips, up to {every.max():.0f} s, in the last bar)")
 
 
-def _plot_dialogues(panel: Axes, stats: list[SplitStats]) -> None:
+def plot_dialogues(panel: Axes, stats: list[SplitStats]) -> None:
     longest = max(int(split.turns.max()) for split in stats)
     step = max(1, longest // 30)
-    _histogram(panel, [split.turns for split in stats], np.arange(0.5, longest + step + 0.5, step))
+    histogram(panel, [split.turns for split in stats], np.arange(0.5, longest + step + 0.5, step))
     panel.set(title="Dialogue length", xlabel="turns", ylabel="% of dialogues")
 
 
-def _histogram(panel: Axes, values: list[np.ndarray], edges: np.ndarray) -> None:
+def histogram(panel: Axes, values: list[np.ndarray], edges: np.ndarray) -> None:
     """One outlined step histogram a split, in percent of the split."""
     for number, one in enumerate(values):
         if len(one):
@@ -176,7 +176,7 @@ def _histogram(panel: Axes, values: list[np.ndarray], edges: np.ndarray) -> None
     panel.grid(axis="y", alpha=0.3)
 
 
-def _plot_speakers(panel: Axes, speakers: list[str], stats: list[SplitStats]) -> None:
+def plot_speakers(panel: Axes, speakers: list[str], stats: list[SplitStats]) -> None:
     total = np.sum([split.speakers for split in stats], axis=0)
     shown = np.argsort(-total, kind="stable")[:SPEAKERS_SHOWN][::-1]
     left = np.zeros(len(shown))

@@ -71,31 +71,31 @@ CURVE = 150  # points of a line
 P = ParamSpec("P")
 
 
-def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Draw under STYLE and leave matplotlib's own settings as they were."""
 
     @wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with rc_context(STYLE):
             return draw(*args, **kwargs)
 
-    return styled
+    return drawn
 
 
-def _canvas(width: float, height: float) -> Figure:
+def canvas(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-@_styled
+@styled
 def confusion_figure(score: dict, names: list[str]) -> Figure:
     """Counts of (true, predicted) pairs; the colour is the share of the true class's samples, i.e. of the row."""
     counts = np.asarray(score["confusion"])
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = len(names)
     side = max(3.0, 0.64 * size)
-    figure = _canvas(side + 1.3, side + 1.0)
+    figure = canvas(side + 1.3, side + 1.0)
     axes = figure.add_subplot()
     for (row, column), share in np.ndenumerate(shares):
         axes.add_patch(Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, color=CELL, alpha=0.05 + 0.95 * share, lw=0))
@@ -135,13 +135,13 @@ def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, **style: Any) -> No
         axes.plot(steps, values, **style)
 
 
-@_styled
+@styled
 def curves_figure(history: list[dict]) -> Figure:
     """Losses (left) and development scores in percent (right) over optimiser steps; the best weighted F1 is marked.
 
     `history` holds the rows of metrics.jsonl. What a row lacks, or has as NaN, is left out.
     """
-    figure = _canvas(9.6, 3.6)
+    figure = canvas(9.6, 3.6)
     losses, scores = figure.subplots(1, 2)
     lines: list[tuple[str, str, str, dict[str, Any]]] = [
         ("train", "loss", "training, total", {"color": PALETTE[0]}),
@@ -204,7 +204,7 @@ def project(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, str]:
         return tsne.fit_transform(reduced).astype(np.float64), "t-SNE"
 
 
-@_styled
+@styled
 def feature_figure(features: np.ndarray, labels: np.ndarray, names: list[str], seed: int = 0) -> Figure:
     """(N, D) features in the plane (see project), coloured by their (N,) true classes.
 
@@ -213,7 +213,7 @@ def feature_figure(features: np.ndarray, labels: np.ndarray, names: list[str], s
     kept = np.flatnonzero(np.isfinite(features).all(axis=1))
     if len(kept) > SHOWN:
         kept = np.sort(np.random.default_rng(seed).choice(kept, SHOWN, replace=False))
-    figure = _canvas(6.2, 5.4)
+    figure = canvas(6.2, 5.4)
     axes = figure.add_subplot()
     axes.set_xticks([])
     axes.set_yticks([])
@@ -236,10 +236,10 @@ def feature_figure(features: np.ndarray, labels: np.ndarray, names: list[str], s
     return figure
 
 
-@_styled
+@styled
 def comparison_figure(rows: dict[str, dict], names: list[str]) -> Figure:
     """F1 in percent of every class (groups) under every model (bars); `rows` maps a model's name to its score."""
-    figure = _canvas(max(5.5, 0.28 * len(names) * (len(rows) + 1) + 1.5), 3.8)
+    figure = canvas(max(5.5, 0.28 * len(names) * (len(rows) + 1) + 1.5), 3.8)
     axes = figure.add_subplot()
     width = 0.8 / max(len(rows), 1)
     for i, (model, score) in enumerate(rows.items()):

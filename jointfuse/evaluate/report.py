@@ -1,20 +1,16 @@
 """One HTML file that tells how good a model is and where it fails; it needs no network, no server and no script."""
 
-import base64
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from urllib.parse import quote
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from jointfuse.evaluate.metrics import HEADLINES, Predictions
+from jointfuse.evaluate.page import card, heard, paragraph, picture, replacing_file, swatch, write_page, write_text
 from jointfuse.evaluate.pictures import (
     PALETTE,
     comparison_figure,
@@ -22,7 +18,6 @@ from jointfuse.evaluate.pictures import (
     curves_figure,
     feature_figure,
     save_png,
-    to_svg,
 )
 
 
@@ -67,37 +62,37 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     confusion = confusion_figure(score, names)
     facts = json.dumps(score, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
-    _replace(folder / "metrics.json", lambda path: _write(path, facts))
-    _replace(folder / "confusion.png", lambda path: save_png(confusion, path))
+    replacing_file(folder / "metrics.json", lambda path: write_text(path, facts))
+    replacing_file(folder / "confusion.png", lambda path: save_png(confusion, path))
     features = feature_figure(predictions.features, predictions.labels, names)
     many = len(names) > 8
     parts = [
         _heading(title, corpus),
         _headlines(score),
-        _card("Classes", "F1, precision and recall in percent.", _classes(score, names)),
+        card("Classes", "F1, precision and recall in percent.", _classes(score, names)),
         f'<div class="{"" if many else "pair"}">',
-        _card(
+        card(
             "Confusion matrix",
             "Number of utterances; colour and percentage are shares of the row, the true class.",
-            _figure(confusion, "Confusion matrix; its counts are in metrics.json", wide=many),
+            picture(confusion, "Confusion matrix; its counts are in metrics.json", wide=many),
         ),
-        _card(
+        card(
             "Fused features",
             "What the contrastive loss sees, flattened to a plane; distances between clusters are not to scale.",
-            _figure(features, "Fused features in a plane, coloured by the true class"),
+            picture(features, "Fused features in a plane, coloured by the true class"),
         ),
         "</div>",
-        _card(
+        card(
             "Training",
             "The star marks the best weighted F1 on the development set.",
-            _figure(curves_figure(history), "Losses and development scores over training steps", wide=True),
+            picture(curves_figure(history), "Losses and development scores over training steps", wide=True),
         ),
         _hard(hard),
         '<section class="card long"><details><summary>Settings of this run</summary>'
         f"<pre>{escape(settings_yaml)}</pre></details></section>",
         "<footer>Written by jointfuse. The scores are also in metrics.json beside this page.</footer>",
     ]
-    return _page(folder / "report.html", title, parts)
+    return write_page(folder / "report.html", title, parts)
 
 
 def write_comparison(
@@ -114,7 +109,7 @@ def write_comparison(
     best = {key: max(row[key] for row in rows.values()) for key in HEADLINES}
     body = []
     for i, (name, row) in enumerate(rows.items()):
-        label = _swatch(i) + escape(name)
+        label = swatch(i) + escape(name)
         if name in reports:
             link = Path(os.path.relpath(reports[name], folder)).as_posix()
             label = f'<a href="{quote(link)}">{label}</a>'
@@ -127,18 +122,18 @@ def write_comparison(
         f'<th class="n spare" scope="col">Samples</th></tr></thead><tbody>{"".join(body)}</tbody></table></div>'
     )
     parts = [
-        f"<header><h1>{escape(title)}</h1>{_paragraph(note)}</header>",
-        _card("Scores", "In percent. The best of each column is bold; a model's name opens its report.", table),
-        _card("Classes", "F1 of every class.", _figure(comparison_figure(rows, names), "F1 by class", wide=True)),
+        f"<header><h1>{escape(title)}</h1>{paragraph(note)}</header>",
+        card("Scores", "In percent. The best of each column is bold; a model's name opens its report.", table),
+        card("Classes", "F1 of every class.", picture(comparison_figure(rows, names), "F1 by class", wide=True)),
         "<footer>Written by jointfuse.</footer>",
     ]
-    return _page(folder / "comparison.html", title, parts)
+    return write_page(folder / "comparison.html", title, parts)
 
 
 def _heading(title: str, corpus: dict) -> str:
     split = f" · {escape(str(corpus['split']))} split" if corpus.get("split") else ""
     lines = [f'<header><h1>{escape(title)}</h1><p class="muted"><b>{escape(str(corpus["name"]))}</b>{split}</p>']
-    lines.append(_paragraph(str(corpus.get("description") or "")))
+    lines.append(paragraph(str(corpus.get("description") or "")))
     if corpus.get("synthetic"):
         lines.append(
             '<p class="note"><b>Synthetic corpus.</b> These utterances were made by a program. The scores show that '
@@ -172,7 +167,7 @@ def _classes(score: dict, names: list[str]) -> str:
         row = score["per_class"][name]
         bar = f'<span><i style="width:{100 * row["f1"]:.1f}%;background:{PALETTE[c % len(PALETTE)]}"></i></span>'
         rows.append(
-            f'<tr><th scope="row">{_swatch(c)}{escape(name)}</th><td class="bar">{bar}</td>'
+            f'<tr><th scope="row">{swatch(c)}{escape(name)}</th><td class="bar">{bar}</td>'
             + "".join(f'<td class="n">{100 * row[key]:.1f}</td>' for key in ("f1", "precision", "recall"))
             + f'<td class="n">{row["support"]:,}</td></tr>'
         )
@@ -189,15 +184,13 @@ def _hard(hard: list[Hard]) -> str:
     rows = []
     for h in hard:
         wrong = "" if h.predicted == h.label else ' class="wrong"'
-        clip = '<span class="none">no audio</span>'
-        if h.flac is not None:
-            clip = f'<audio controls preload="none" src="{_data("audio/flac", h.flac)}"></audio>'
         rows.append(
             f'<tr><td class="said" dir="auto">{escape(h.text)}<small dir="ltr">{escape(h.key)} · dialogue '
             f"{escape(h.dialogue)}, turn {h.turn}</small></td>"
             f'<td data-label="Speaker">{escape(h.speaker)}</td><td data-label="True">{escape(h.label)}</td>'
             f'<td data-label="Predicted"><span{wrong}>{escape(h.predicted)}</span></td>'
-            f'<td class="n" data-label="p(true)">{h.probability_of_truth:.3f}</td><td class="listen">{clip}</td></tr>'
+            f'<td class="n" data-label="p(true)">{h.probability_of_truth:.3f}</td>'
+            f'<td class="listen">{heard(h.flac)}</td></tr>'
         )
     table = (
         '<div class="scroll"><table class="stack"><thead><tr><th scope="col">Utterance</th><th scope="col">Speaker</th>'
@@ -205,49 +198,8 @@ def _hard(hard: list[Hard]) -> str:
         f'<th class="listen" scope="col">Listen</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
     hint = "The utterances whose true emotion the model found least probable, p(true)."
-    return _card("Hardest utterances", hint, table, long=True)
-
-
-def _card(heading: str, hint: str, content: str, long: bool = False) -> str:
-    kind = "card long" if long else "card"
-    return f'<section class="{kind}"><h2>{heading}</h2><p class="hint">{hint}</p>{content}</section>'
-
-
-def _figure(figure: Figure, alt: str, wide: bool = False) -> str:
-    kind = ' class="wide"' if wide else ""
-    return f'<div class="figure"><img{kind} alt="{alt}" src="{_data("image/svg+xml", to_svg(figure).encode())}"></div>'
-
-
-def _data(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _swatch(index: int) -> str:
-    return f'<span class="swatch" style="background:{PALETTE[index % len(PALETTE)]}"></span>'
-
-
-def _paragraph(text: str) -> str:
-    return f'<p class="muted">{escape(text)}</p>' if text else ""
+    return card("Hardest utterances", hint, table, long=True)
 
 
 def _capital(heading: str) -> str:
     return heading[0].upper() + heading[1:]
-
-
-def _page(path: Path, title: str, parts: list[str]) -> Path:
-    shell = Template(files("jointfuse.evaluate").joinpath("report.html").read_text(encoding="utf-8"))
-    page = shell.substitute(title=escape(title), body="\n".join(parts))
-    _replace(path, lambda temporary: _write(temporary, page))
-    return path
-
-
-def _write(path: Path, text: str) -> None:
-    # Half of a surrogate pair gets into a transcript by way of JSON, and is not UTF-8.
-    path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """A reader finds the old file or the whole new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    temporary.replace(path)

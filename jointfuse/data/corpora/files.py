@@ -172,6 +172,7 @@ def files_corpus(raw: str | Path, described: FileCorpus, name: str) -> CorpusSpe
         source=described.source,
         licence=described.licence,
         description=described.description,
+        speaker_independent=bool(described.splits),
         faults=left.faults,
     )
 

@@ -158,6 +158,7 @@ def iemocap_corpus(
         licence="of the release: by agreement with USC, for research",
         description=f"IEMOCAP, view {view!r}: {', '.join(classes)}. Test is session {test_session}, dev "
         + (f"session {dev:g}." if dev >= 1 else f"{dev:g} of the other sessions' dialogues."),
+        speaker_independent=dev >= 1,
         faults=[replace(fault, split=homes.get(dialogue, "")) for dialogue, fault in release.faults],
     )
 
