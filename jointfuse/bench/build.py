@@ -27,7 +27,7 @@ from jointfuse.data.parallel import cores
 from jointfuse.data.shards import SAMPLE_RATE
 
 PLAIN_CLIPS = 1000  # that the plain loop takes, before the build and again after it
-LOOK = 0.2  # seconds between two looks at the building processes
+LOOK = 0.5  # seconds between two looks at the building processes
 LOOPS = {"decode + encode": False, "decode + encode + mel": True}  # with the mel statistics?
 
 
@@ -51,7 +51,10 @@ def benchmark_build(
         _plain_all(some, loops)
     assert info["splits"]["train"]["samples"] == clips
     processor = used + looks[-1]["processor_seconds"] if looks else None
-    ours = {"clips_a_second": clips / taken, "clips_a_processor_second": clips / processor if processor else None}
+    ours: dict[str, Any] = {
+        "clips_a_second": clips / taken,
+        "clips_a_processor_second": clips / processor if processor else None,
+    }
     floors = {}
     for loop, times in loops.items():
         wall, busy = (len(some) * len(times) / sum(one) for one in zip(*times, strict=True))
