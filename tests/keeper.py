@@ -1,6 +1,7 @@
-"""Run a command; when standard input closes, kill it with everything that came of it, daemons too.
+"""Run a command; when standard input closes or TERM comes, kill it with everything that came of it, daemons too.
 
-A test that is itself killed closes its end, so nothing outlives it.
+A test that is itself killed closes its end, so nothing outlives it. One that goes on sends TERM: processes that it has
+forked since, such as a loader's workers, hold the pipe open.
 """
 
 import ctypes
@@ -28,13 +29,24 @@ def descendants() -> set[int]:
     return found - {os.getpid()}
 
 
+class Told(Exception):
+    pass
+
+
+def end(number: int, frame: object) -> None:
+    raise Told
+
+
 def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
     # Only now, since the command would inherit both.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which then close our standard input
-    sys.stdin.buffer.read()
+    with suppress(Told):
+        signal.signal(signal.SIGTERM, end)
+        sys.stdin.buffer.read()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while alive := descendants():
         for process in alive:
             with suppress(ProcessLookupError):

@@ -218,9 +218,8 @@ class Cluster:
 
     def _kill(self, name: str) -> None:
         keeper = self._keepers.pop(name)
-        assert keeper.stdin is not None
-        keeper.stdin.close()
-        keeper.wait()
+        keeper.terminate()
+        keeper.communicate()
 
     def start(self) -> None:
         (self.folder / "state").mkdir()
