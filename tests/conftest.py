@@ -28,8 +28,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
 
-# These begin, so that none of them runs alone at the end of several processes.
-LONGEST = ["readme", "slurm", "interruption", "two_hosts", "saves", "launcher", "switches", "pools", "accumulation"]
+# These begin, so that none of them runs alone at the end of several processes: files that wait for programs and files
+# that compute, by turns.
+LONGEST = ["slurm", "capacity", "readme", "pools", "interruption", "switches", "two_hosts", "accumulation", "saves"]
 
 _skipped: dict[str, str] = {}  # required tests that did not run, and why
 

@@ -2,13 +2,15 @@
 # The long versions of loops of which the tests run a few rounds.
 #   tools/soak.sh saves    50 runs killed while they save
 #   tools/soak.sh shards   20 builds stopped at random moments
+#   tools/soak.sh plan     bytes of every kind of DeepSpeed file beside those of jointfuse plan
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case "${1:-}" in
 saves) SOAK_SAVES=${2:-50} .venv/bin/python -m pytest -q tests/test_saves.py ;;
 shards) SOAK_SHARDS=${2:-20} .venv/bin/python -m pytest -q tests/test_build_table.py -k stopped_at_random ;;
+plan) SOAK_PLAN=1 .venv/bin/python -m pytest -q tests/test_capacity.py ;;
 *)
-    sed -n '2,4s/^# //p' "$0" >&2
+    sed -n '2,5s/^# //p' "$0" >&2
     exit 2
     ;;
 esac
