@@ -5,5 +5,5 @@
 ruff check .
 ruff format --check .
 mypy
-# Two at a time, a file each; many of them start up to four ranks.
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# Three at a time, a file each; many of them start up to four ranks, and many wait for what they started.
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
