@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from jointfuse.config import AugmentSettings
 from jointfuse.data.augment import Augmentation
-from jointfuse.data.features import INT16, to_int16
+from jointfuse.data.features import to_int16
+from jointfuse.data.mel import INT16
 from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.shards import Corpus
 from jointfuse.data.stream import stream

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torchaudio.functional as F_audio
 from corpus_helpers import (
     REPOSITORY,
     build_here,
@@ -27,7 +26,6 @@ from corpus_helpers import (
     write_table,
 )
 
-from jointfuse.data import features
 from jointfuse.data.build import CorpusSpec, build, dialogue_keys, locked
 from jointfuse.data.corpora.table import load_clip, read_clips, table_corpus
 from jointfuse.data.shards import Corpus
@@ -121,29 +119,6 @@ def test_stopped_at_random_moments_a_build_goes_on_and_ends_with_the_bytes_of_an
     assert "shards are there already" in ended.stderr
     assert first.stat().st_mtime_ns == stamp
     assert hashes(out) == hashes(tmp_path / "whole")
-
-
-@pytest.mark.required
-def test_the_mel_statistics_are_those_of_every_value_of_the_training_clips_as_read_back(built: Path) -> None:
-    corpus = Corpus.open(built)
-    values: dict[str, np.ndarray] = {}
-    for name in corpus.splits:
-        split = corpus.split(name)
-        clips = [split.sample(id).waveform for id in range(len(split))]
-        values[name] = np.concatenate([log_mel_in_float64(clip).ravel() for clip in clips if clip is not None])
-    expected = values["train"].mean(), values["train"].std()
-    assert (corpus.mel_mean, corpus.mel_deviation) == pytest.approx(expected, rel=1e-5)
-    every = np.concatenate(list(values.values()))
-    assert abs(every.mean() - corpus.mel_mean) > 1e-3, "dev and test would change them"
-
-
-def log_mel_in_float64(clip: np.ndarray) -> np.ndarray:
-    """(S,) int16 -> (F, 80), by the definition: frames, a DFT, triangles, the logarithm."""
-    padded = np.pad(clip / 32768, features.MARGIN, mode="reflect")
-    window = np.pad(0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400), 56)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, 512)[::160] * window
-    filters = F_audio.melscale_fbanks(257, 20.0, 8000.0, 80, 16_000).double().numpy()
-    return np.log(np.maximum(np.abs(np.fft.rfft(frames)) ** 2 @ filters, 1e-6))
 
 
 def test_shards_of_other_rows_are_built_again(tables: Path, built: Path, tmp_path: Path) -> None:

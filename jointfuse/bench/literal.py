@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModel, BertConfig
 
 from jointfuse.data.batch import Batch
-from jointfuse.data.features import FRAMES_PER_SECOND
+from jointfuse.data.mel import FRAMES_PER_SECOND
 from jointfuse.errors import UserError
 from jointfuse.model.backbones import language_backbone, vision_backbone
 from jointfuse.model.joint import JointBlock

@@ -8,7 +8,7 @@ import numpy as np
 from jointfuse.capacity.rehearsal import Lengths
 from jointfuse.config import Config
 from jointfuse.data.columns import Positions
-from jointfuse.data.features import FRAMES_PER_SECOND
+from jointfuse.data.mel import FRAMES_PER_SECOND
 from jointfuse.data.mixture import AnySplit, MixedSplit, open_for_training
 from jointfuse.errors import UserError
 

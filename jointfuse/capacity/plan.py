@@ -16,7 +16,7 @@ from jointfuse.capacity.states import Sizes, States, fullest_rank, states
 from jointfuse.capacity.wire import Collective, Step, collectives, gathers_more
 from jointfuse.capacity.zero import ZeroFile, zero_file
 from jointfuse.config import Config, TrainSettings
-from jointfuse.data.features import FRAMES_PER_SECOND
+from jointfuse.data.mel import FRAMES_PER_SECOND
 from jointfuse.train.engine import Division, divide, ds_config_names, parameter_groups, read_ds_config
 from jointfuse.train.objective import Objective
 

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from jointfuse.data.batch import Batch
-from jointfuse.data.features import HOP_LENGTH, MEL_BINS, FrontEnd, continued_length
+from jointfuse.data.features import FrontEnd, continued_length
+from jointfuse.data.mel import HOP_LENGTH, MEL_BINS
 from jointfuse.train.objective import Objective
 
 Device = Literal["gpu", "cpu"]

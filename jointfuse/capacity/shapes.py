@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from jointfuse.config import BackboneSettings, Config
-from jointfuse.data.features import FRAMES_PER_SECOND
+from jointfuse.data.mel import FRAMES_PER_SECOND
 from jointfuse.model.backbones import Description, pretrained_config, vision_backbone
 from jointfuse.model.network import Network
 from jointfuse.train.objective import Objective

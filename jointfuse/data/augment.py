@@ -5,7 +5,8 @@ import torch
 import torchaudio.functional as F_audio
 
 from jointfuse.config import AugmentSettings
-from jointfuse.data.features import INT16, MEL_BINS, to_int16
+from jointfuse.data.features import to_int16
+from jointfuse.data.mel import INT16, MEL_BINS
 
 SPEED_STEPS = 50  # speeds are multiples of 1 / 50: the resampling filters stay short
 

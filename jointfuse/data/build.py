@@ -30,13 +30,13 @@ from jointfuse.data.index import (
     split_record,
     write_json,
 )
+from jointfuse.data.mel import MelSums
 from jointfuse.data.parallel import cores, processes, progress
 from jointfuse.data.shards import Utterance, write_tar
 from jointfuse.errors import UserError
 
-HEAVY = ("torchaudio", "scipy.signal")  # what a job imports
 NO_MEL = {"count": 0, "sum": 0.0, "squares": 0.0}
-BUILDER = 1  # raised whenever the same rows would give other bytes
+BUILDER = 2  # raised whenever the same rows would give other bytes
 SHARD_FILE = re.compile(r"shard-\d{6,}\.(tar|json)|\.(shard-\d{6,}\.(tar|json)|index\.bin)\.part|index\.bin")
 
 
@@ -103,26 +103,6 @@ class CorpusSpec:
     speaker_independent: bool = False  # no speaker of train is in another split; verify.py holds the corpus to it
     fresh_process: bool = False  # one new process a shard, for synthesisers whose output depends on earlier calls
     faults: Sequence[Fault] = ()
-
-
-class MelSums:
-    """Running sums over every value of every clip's log-mel, for the corpus's mean and deviation."""
-
-    def __init__(self) -> None:
-        import torch
-
-        from jointfuse.data.features import continued, frames_of, log_mel
-
-        # One job is one process; more threads would only fight over the same cores and reorder the sums.
-        torch.set_num_threads(1)
-        self._mel = lambda wave: log_mel(continued(torch.from_numpy(wave))[None])[0, : frames_of(len(wave))]
-        self.count, self.sum, self.squares = 0, 0.0, 0.0
-
-    def add(self, waveform: np.ndarray) -> None:
-        mel = self._mel(waveform).double()
-        self.count += mel.numel()
-        self.sum += float(mel.sum())
-        self.squares += float(mel.square().sum())
 
 
 @dataclass(frozen=True)
@@ -337,7 +317,7 @@ def to_pcm(waveform: np.ndarray) -> np.ndarray:
 
 def _work_alone(job: _Job) -> None:
     """_work in a process of its own. (Python 3.11's max_tasks_per_child=1 would do, but can hang: gh-115634.)"""
-    with processes(1, HEAVY) as pool:
+    with processes(1, job.render.__module__) as pool:
         pool.submit(_work, job).result()
 
 
@@ -348,7 +328,7 @@ def _run(jobs: list[_Job], workers: int, fresh_process: bool, title: str) -> Non
         if not todo:
             return
         workers = min(workers, len(todo))
-        pool: Executor = ThreadPoolExecutor(workers) if fresh_process else processes(workers, HEAVY)
+        pool: Executor = ThreadPoolExecutor(workers) if fresh_process else processes(workers, todo[0].render.__module__)
         try:
             for future in as_completed([pool.submit(_work_alone if fresh_process else _work, job) for job in todo]):
                 future.result()

@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 
 from jointfuse.config import DataSettings
-from jointfuse.data.features import FRAMES_PER_SECOND, MEL_BINS
+from jointfuse.data.mel import FRAMES_PER_SECOND, MEL_BINS
 from jointfuse.data.mixture import AnySplit, MixedSplit
 
 

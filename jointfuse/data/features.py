@@ -8,32 +8,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torchaudio.functional as F_audio
 
-SAMPLE_RATE = 16_000  # Hz
-WINDOW = 400  # samples: 25 ms
-HOP_LENGTH = 160  # samples: 10 ms
-FFT_SIZE = 512  # the narrowest of 80 mel bins from 20 Hz spans 44 Hz: bins of 31.25 Hz leave none of them empty
-MEL_BINS = 80
-MEL_LOW, MEL_HIGH = 20.0, 8000.0  # Hz
-POWER_FLOOR = 1e-6
-FRAMES_PER_SECOND = SAMPLE_RATE // HOP_LENGTH
-
-
-MARGIN = FFT_SIZE // 2  # samples by which a clip is continued at either end
-INT16 = 32768.0  # what the samples of a 16-bit clip are fractions of
+from jointfuse.data.mel import FFT_SIZE, HOP_LENGTH, INT16, MARGIN, MEL_BINS, POWER_FLOOR, filters, window
 
 
 @cache
 def _window_and_filters(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    window = torch.hann_window(WINDOW)
-    filters = F_audio.melscale_fbanks(FFT_SIZE // 2 + 1, MEL_LOW, MEL_HIGH, MEL_BINS, SAMPLE_RATE)
-    return window.to(device), filters.to(device)
-
-
-def frames_of(samples: int) -> int:
-    """Frames of a clip of so many samples: one, and one more every 10 ms."""
-    return 1 + samples // HOP_LENGTH
+    return torch.from_numpy(window()).to(device), torch.from_numpy(filters()).to(device)
 
 
 def continued_length(samples: int) -> int:
@@ -70,11 +51,11 @@ def log_mel(clips: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, 1 + S // 160, 80) float32, of which a clip of s samples owns the first 1 + s // 160 frames.
     """
-    window, filters = _window_and_filters(clips.device)
+    hann, triangles = _window_and_filters(clips.device)
     waveforms = clips.float() / INT16 if clips.dtype == torch.int16 else clips
-    spectrum = torch.stft(waveforms, FFT_SIZE, HOP_LENGTH, WINDOW, window, center=False, return_complex=True)
+    spectrum = torch.stft(waveforms, FFT_SIZE, HOP_LENGTH, FFT_SIZE, hann, center=False, return_complex=True)
     power = spectrum.real.square() + spectrum.imag.square()  # (B, 257, F)
-    return (power.transpose(1, 2) @ filters).clamp_min(POWER_FLOOR).log()
+    return (power.transpose(1, 2) @ triangles).clamp_min(POWER_FLOOR).log()
 
 
 @dataclass(frozen=True)

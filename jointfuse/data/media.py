@@ -1,11 +1,12 @@
 """Sound out of media files: any container and codec FFmpeg knows, as mono at 16 kHz."""
 
 import math
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from jointfuse.data.shards import SAMPLE_RATE
+from jointfuse.data.mel import SAMPLE_RATE
 
 
 class MediaError(ValueError):
@@ -62,15 +63,30 @@ def read_audio(path: Path) -> np.ndarray:
 
 
 def mono(samples: np.ndarray, rate: int) -> np.ndarray:
-    """(S, channels) at `rate` Hz -> (S,) float32 at 16 kHz: the mean of the channels, peak at most 1."""
+    """(S, channels) float32 at `rate` Hz -> (S,) float32 at 16 kHz: the mean of the channels, peak at most 1."""
+    waveform = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    waveform = resampled(waveform, rate)
+    peak = np.abs(waveform).max()
+    return waveform / peak if peak > 1 else waveform
+
+
+def resampled(waveform: np.ndarray, rate: int) -> np.ndarray:
+    """(S,) float32 at `rate` Hz -> (S,) float32 at 16 kHz, by scipy's polyphase filter."""
+    if rate == SAMPLE_RATE:
+        return waveform
     # It takes longer to import than most clips take to read.
     from scipy.signal import resample_poly
 
-    waveform = samples.mean(axis=1)
-    if rate != SAMPLE_RATE:
-        # torchaudio's Resample would build a kernel of hundreds of megabytes for rates such as 24,414 Hz.
-        common = math.gcd(rate, SAMPLE_RATE)
-        waveform = resample_poly(waveform, SAMPLE_RATE // common, rate // common)
-    peak = float(np.abs(waveform).max())
-    result: np.ndarray = (waveform / max(peak, 1.0)).astype(np.float32)
+    # torchaudio's Resample would build a kernel of hundreds of megabytes for rates such as 24,414 Hz.
+    common = math.gcd(rate, SAMPLE_RATE)
+    up, down = SAMPLE_RATE // common, rate // common
+    result: np.ndarray = resample_poly(waveform, up, down, window=_low_pass(max(up, down)))
     return result
+
+
+@lru_cache(maxsize=4)
+def _low_pass(factor: int) -> np.ndarray:
+    """(20 factor + 1,) float32: the filter that resample_poly would design for every clip anew."""
+    from scipy.signal import firwin
+
+    return firwin(20 * factor + 1, 1 / factor, window=("kaiser", 5.0)).astype(np.float32)

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
@@ -19,15 +19,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def processes(workers: int, preload: Sequence[str] = ()) -> ProcessPoolExecutor:
+def processes(workers: int, preload: str | None = None) -> ProcessPoolExecutor:
     """A pool of fresh interpreters that outlive neither their parent nor a Ctrl-C.
 
-    With `preload`, they are copies of one that has imported these modules: importing torch takes longer than most jobs.
+    With `preload`, they are copies of one that has imported this module: importing takes longer than many a job.
     """
-    method = "forkserver" if preload and "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(list(preload))
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a process is one core's work: with more threads they fight over it
+    forked = preload and "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forked else "spawn")
+    if preload and forked:
+        context.set_forkserver_preload([preload])
     return ProcessPoolExecutor(workers, context, initializer=_start_worker)
 
 

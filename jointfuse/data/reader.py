@@ -13,7 +13,8 @@ from jointfuse.config import AugmentSettings, DataSettings
 from jointfuse.data.augment import Augmentation
 from jointfuse.data.batch import Example, HostBatch, collate
 from jointfuse.data.columns import Positions
-from jointfuse.data.features import SAMPLE_RATE, FrontEnd, frames_of
+from jointfuse.data.features import FrontEnd
+from jointfuse.data.mel import SAMPLE_RATE, frames_of
 from jointfuse.data.mixture import AnySplit
 from jointfuse.data.plan import Planned
 from jointfuse.data.shards import Utterance

@@ -22,16 +22,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
 
 from jointfuse.data.cache import ShardCache
 from jointfuse.data.index import FORMAT, INDEX_DTYPE, replacing
+from jointfuse.data.mel import SAMPLE_RATE, MelSums
 from jointfuse.errors import UserError
 
-SAMPLE_RATE = 16_000  # Hz; features.SAMPLE_RATE, repeated here because importing that module imports torch
 OPEN_TARS = 64  # kept open by one Split in one process
 READ_ATTEMPTS, FIRST_WAIT = 4, 0.2  # seconds, doubled with each attempt
 FINAL = (errno.ENOENT, errno.EACCES, errno.EMFILE, errno.EISDIR)  # does not pass by waiting
@@ -57,12 +57,6 @@ class Utterance:
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
-
-
-class Accumulator(Protocol):
-    """Something that sees every clip as it will be read back, such as build.MelSums."""
-
-    def add(self, waveform: np.ndarray) -> None: ...
 
 
 class _HashingFile:
@@ -98,11 +92,11 @@ def _header(name: str, size: int) -> bytes:
     return bytes(header)
 
 
-def write_tar(path: Path, utterances: Iterable[Utterance], seen: Accumulator | None = None) -> dict[str, Any]:
+def write_tar(path: Path, utterances: Iterable[Utterance], mel: MelSums | None = None) -> dict[str, Any]:
     """Write one tar and return its sidecar: {"sha256", "bytes", "samples": [...]}.
 
-    The bytes depend on the utterances alone: members are sorted, times, owners and modes fixed. `seen.add` receives
-    every clip.
+    The bytes depend on the utterances alone: members are sorted, times, owners and modes fixed. `mel` is
+    given every clip.
     """
     samples = []
     with replacing(path) as file:
@@ -119,8 +113,8 @@ def write_tar(path: Path, utterances: Iterable[Utterance], seen: Accumulator | N
                 soundfile.write(flac, utterance.waveform, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
                 members["flac"] = flac.getvalue()
                 duration = len(utterance.waveform) / SAMPLE_RATE
-                if seen is not None:
-                    seen.add(utterance.waveform)
+                if mel is not None:
+                    mel.add(utterance.waveform)
             for extension, content in sorted(members.items()):
                 tar.write(_header(f"{utterance.key}.{extension}", len(content)) + content)
                 tar.write(bytes(-len(content) % tarfile.BLOCKSIZE))

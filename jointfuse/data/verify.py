@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jointfuse.data.index import INDEX_DTYPE, index_rows, mel_statistics, split_record
+from jointfuse.data.mel import SAMPLE_RATE
 from jointfuse.data.observe import (
     DIGEST,
     LISTED,
@@ -26,7 +27,7 @@ from jointfuse.data.observe import (
     repeated,
 )
 from jointfuse.data.parallel import cores, processes, progress
-from jointfuse.data.shards import SAMPLE_RATE, Corpus, Utterance, parse_utterance, read_sidecar
+from jointfuse.data.shards import Corpus, Utterance, parse_utterance, read_sidecar
 from jointfuse.errors import UserError
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from jointfuse.data.features import FRAMES_PER_SECOND, SAMPLE_RATE, continued, frames_of, log_mel
+from jointfuse.data.features import continued, log_mel
+from jointfuse.data.mel import FRAMES_PER_SECOND, SAMPLE_RATE, frames_of
 from jointfuse.data.shards import Corpus, Split, Utterance
 from jointfuse.data.stats import (
     SplitStats,

@@ -11,7 +11,7 @@ from torch import nn
 
 from jointfuse.config import ModelSettings, Part
 from jointfuse.data.batch import Batch
-from jointfuse.data.features import FRAMES_PER_SECOND
+from jointfuse.data.mel import FRAMES_PER_SECOND
 from jointfuse.errors import UserError
 from jointfuse.model.backbones import Description, language_backbone, vision_backbone
 from jointfuse.model.fused import Fused

@@ -21,7 +21,7 @@ from jointfuse.data.corpora.text import LOST, repair
 from jointfuse.data.corpora.unpack import is_archive, unpack
 from jointfuse.data.index import replacing
 from jointfuse.data.media import EmptyAudio, MediaError, NoAudioTrack, Undecodable, read_audio
-from jointfuse.data.shards import SAMPLE_RATE
+from jointfuse.data.mel import SAMPLE_RATE
 from jointfuse.errors import UserError
 
 LABELS = ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")

@@ -20,7 +20,7 @@ import yaml
 from scipy.signal import lfilter, resample_poly
 
 from jointfuse.data.build import CorpusSpec, Row
-from jointfuse.data.shards import SAMPLE_RATE
+from jointfuse.data.mel import SAMPLE_RATE
 from jointfuse.errors import UserError
 
 # emotion: (share of utterances, words, voice)
