@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread, the `required` mark, real files where there are some, tiny corpora."""
 
 import os
+import signal
 
 # Before anything imports torch or a hub client.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,8 @@ import hypothesis
 import pytest
 import torch
 
+# Started in the background of a script, this process ignores Ctrl-C, and so would those that tests start and stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: without a GPU they are interpreted
 
