@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 import random
 import re
@@ -25,9 +26,11 @@ from corpus_helpers import (
     write_clip,
     write_table,
 )
+from scipy.signal import resample_poly
 
 from jointfuse.data.build import CorpusSpec, build, dialogue_keys, locked
 from jointfuse.data.corpora.table import load_clip, read_clips, table_corpus
+from jointfuse.data.media import mono
 from jointfuse.data.shards import Corpus
 from jointfuse.data.verify import verify
 from jointfuse.errors import UserError
@@ -241,6 +244,16 @@ def test_odd_dialogue_names_become_unique_keys_without_dots_and_slashes() -> Non
     keys = dialogue_keys("train", names)
     assert len(set(keys.values())) == len(names)
     assert all(re.fullmatch(r"train_[A-Za-z0-9_-]{1,60}", key) for key in keys.values())
+
+
+@pytest.mark.parametrize("rate", [8000, 22_050, 24_414, 44_100, 48_000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_clip_of_any_rate_is_resampled_as_scipy_does_it(rate: int, channels: int) -> None:
+    samples = 0.1 * np.random.default_rng(0).standard_normal((rate // 2, channels)).astype(np.float32)
+    common = math.gcd(rate, 16_000)
+    expected = resample_poly(samples.mean(axis=1), 16_000 // common, rate // common)
+    for _ in range(2):
+        np.testing.assert_array_equal(mono(samples, rate), expected)
 
 
 def test_a_loud_resampled_clip_never_passes_full_scale(tmp_path: Path) -> None:

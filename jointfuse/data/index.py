@@ -81,7 +81,7 @@ def split_record(samples: Iterable[dict[str, Any]], labels: Sequence[str]) -> di
 
 
 def mel_statistics(sidecars: Iterable[dict[str, Any]]) -> tuple[float, float]:
-    """Mean and deviation of every log-mel value of the training split, from the sums in its sidecars.
+    """Mean and deviation of the log-mel of the training split, from the sums in its sidecars.
 
     Without a single clip, (0, 1): the numbers that change nothing.
     """
