@@ -1,25 +1,26 @@
 """Shards that lie elsewhere: fetched once, checked, within bounds, whatever goes wrong."""
 
-import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from distributed import run_ranks
+from shard_reading import ask, whole
 from training_fixtures import Trained, corpus, recipe, train
 
 from jointfuse.data import cache as caching
 from jointfuse.data.cache import ShardCache, cache_of
+from jointfuse.data.parallel import processes
 from jointfuse.data.shards import Corpus
 from jointfuse.errors import UserError
 
@@ -50,16 +51,6 @@ def shards_of(near: Path) -> list[dict[str, Any]]:
     return found
 
 
-def content(cache: ShardCache, shard: dict[str, Any]) -> bytes:
-    descriptor = cache.open("train", shard)
-    with os.fdopen(descriptor, "rb") as file:
-        return file.read()
-
-
-def whole(cache: ShardCache, shard: dict[str, Any]) -> bool:
-    return hashlib.sha256(content(cache, shard)).hexdigest() == shard["sha256"]
-
-
 def kept(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
 
@@ -80,17 +71,12 @@ def test_what_is_read_through_a_cache_is_what_the_corpus_holds(
     assert kept(tmp_path / "cache") == {f"{shard['sha256']}.tar" for shard in shards_of(near)}
 
 
-def ask(cache: ShardCache, shards: list[dict[str, Any]], seed: int) -> bool:
-    order = np.random.default_rng(seed).permutation(len(shards))
-    return all(whole(cache, shards[number]) for number in order)
-
-
 def test_eight_processes_that_ask_at_once_fetch_each_shard_once(elsewhere: tuple[Path, Path], tmp_path: Path) -> None:
     near, far = elsewhere
     remote = f"pipe:echo {{shard}} >> {tmp_path}/fetched; sleep 0.1; cat {far}/{{split}}/{{shard}}"
     cache, shards = ShardCache(remote, tmp_path / "cache", GIB), shards_of(near)
-    with multiprocessing.get_context("fork").Pool(8) as pool:
-        assert all(pool.starmap(ask, [(cache, shards, seed) for seed in range(8)], chunksize=1))
+    with processes(8, ask.__module__) as pool:
+        assert all(pool.map(ask, repeat(cache), repeat(shards), range(8)))
     assert sorted((tmp_path / "fetched").read_text().split()) == sorted(shard["name"] for shard in shards)
 
 
@@ -120,9 +106,9 @@ def test_many_processes_stay_within_bounds_together(elsewhere: tuple[Path, Path]
             most[0] = max(most[0], sum(sizes))
 
     watching = threading.Thread(target=watch)
-    with multiprocessing.get_context("fork").Pool(2) as pool:
+    with processes(2, ask.__module__) as pool:
         watching.start()
-        assert all(pool.starmap(ask, [(cache, shards, seed) for seed in range(12)], chunksize=1))
+        assert all(pool.map(ask, repeat(cache), repeat(shards), range(12)))
     done.set()
     watching.join()
     assert 0 < most[0] <= bound
@@ -199,12 +185,11 @@ def test_parts_of_the_dead_make_room(elsewhere: tuple[Path, Path], tmp_path: Pat
     shards = shards_of(near)
     bound = max(shard["bytes"] for shard in shards)
     slow = ShardCache(f"pipe:cat {far}/{{split}}/{{shard}}; sleep 60", tmp_path / "cache", bound)
-    fetching = multiprocessing.get_context("fork").Process(target=slow.open, args=("train", shards[0]))
+    fetching = multiprocessing.get_context("spawn").Process(target=slow.open, args=("train", shards[0]))
     fetching.start()
     while not list((tmp_path / "cache").glob("*.part")):
         time.sleep(0.01)
-    assert fetching.pid is not None
-    os.kill(fetching.pid, signal.SIGKILL)
+    fetching.kill()
     fetching.join()
     assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == [".part"]
     cache = ShardCache(f"{far}/{{split}}/{{shard}}", tmp_path / "cache", bound)
