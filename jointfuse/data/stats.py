@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from jointfuse.data.shards import Corpus, Split
@@ -162,6 +163,7 @@ def plot_dialogues(panel: Axes, stats: list[SplitStats]) -> None:
     step = max(1, longest // 30)
     histogram(panel, [split.turns for split in stats], np.arange(0.5, longest + step + 0.5, step))
     panel.set(title="Dialogue length", xlabel="turns", ylabel="% of dialogues")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def histogram(panel: Axes, values: list[np.ndarray], edges: np.ndarray) -> None:

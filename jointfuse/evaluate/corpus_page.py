@@ -247,7 +247,10 @@ def distributions(corpus: Corpus, stats: list[SplitStats], words: list[np.ndarra
     for text in (text for axes in panels.values() for text in axes.texts):
         text.set_color(INK)
     handles, names = panels["classes"].get_legend_handles_labels()
-    panels["classes"].legend(handles, names, loc="upper right", ncols=len(names))
+    # In the line of the title: the bars may reach anywhere below it.
+    panels["classes"].legend(
+        handles, names, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=len(names), frameon=False
+    )
     return figure
 
 
