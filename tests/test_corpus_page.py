@@ -116,3 +116,13 @@ def test_a_page_of_another_ending_is_refused(tmp_path: Path, capsys: pytest.Capt
     status, _, err = run_tool("shard_stats", small_corpus() / "built", "--page", tmp_path / "a.pdf", capsys=capsys)
     assert status == 2
     assert "give a name ending in .html" in err
+
+
+@pytest.mark.parametrize("option", ["--png", "--page"])
+def test_a_folder_that_is_not_there_is_one_line_before_anything_is_counted(
+    option: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "nowhere" / f"x.{'png' if option == '--png' else 'html'}"
+    status, out, err = run_tool("shard_stats", small_corpus() / "built", option, file, capsys=capsys)
+    assert (status, out) == (2, "")
+    assert err == f"error: {option} {file}: there is no folder {file.parent}; make it first\n"

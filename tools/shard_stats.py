@@ -21,10 +21,11 @@ def command(
     from jointfuse.data.shards import Corpus
     from jointfuse.data.stats import corpus_stats, plot, tables
 
-    if png is not None and png.suffix.lower() != ".png":
-        raise UserError(f"--png {png}: the picture is a PNG; give a name ending in .png")
-    if page is not None and page.suffix.lower() != ".html":
-        raise UserError(f"--page {page}: the page is HTML; give a name ending in .html")
+    for option, path, suffix in (("--png", png, ".png"), ("--page", page, ".html")):
+        if path is not None and path.suffix.lower() != suffix:
+            raise UserError(f"{option} {path}: give a name ending in {suffix}")
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"{option} {path}: there is no folder {path.parent}; make it first")
     opened = Corpus.open(corpus)
     stats = corpus_stats(opened)
     for table in tables(opened, stats):
