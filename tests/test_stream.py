@@ -1,12 +1,15 @@
 """From the plan to batches: order, truncation, damage, whatever the number of workers."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import SIZES, example_of, read, reader_of
+from running import until
 
 from jointfuse.config import DataSettings
 from jointfuse.data.batch import HostBatch, collate
@@ -157,6 +160,43 @@ def test_a_damaged_sample_is_one_error_that_names_it_whatever_the_number_of_work
     assert split.key(12) in message
     assert split.shards[int(entry["shard"])].name in message
     assert "\n" not in message
+
+
+DIES_EARLY = """
+import os, threading, time
+import torch.utils.data._utils.worker as torch_worker
+from jointfuse.data.stream import stream
+
+class Late(torch_worker.ManagerWatchdog):
+    def __init__(self):
+        time.sleep(1)  # the parent is gone when it is looked for
+        super().__init__()
+
+class Reader:
+    def batch(self, planned):
+        return planned
+
+torch_worker.ManagerWatchdog = Late
+forked = os.fork
+def fork():
+    worker = forked()
+    if worker:
+        print(worker, flush=True)
+    return worker
+os.fork = fork
+batches = stream(Reader(), range(100), 2)
+threading.Timer(0.5, os._exit, [0]).start()
+next(batches)
+"""
+
+
+@pytest.mark.required
+def test_decoding_workers_end_with_a_rank_that_dies_before_they_look_for_it(tmp_path: Path) -> None:
+    with (tmp_path / "workers").open("w") as output:
+        subprocess.run([sys.executable, "-c", DIES_EARLY], stdout=output, check=True)
+    workers = [Path("/proc") / number for number in (tmp_path / "workers").read_text().split()]
+    assert len(workers) == 2
+    until("they end too", lambda: not any(worker.exists() for worker in workers))
 
 
 def test_a_model_of_one_modality_gets_nothing_of_the_other(uneven_corpus: Corpus) -> None:

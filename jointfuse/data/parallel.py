@@ -35,6 +35,11 @@ def processes(workers: int, preload: str | None = None) -> ProcessPoolExecutor:
 def _start_worker() -> None:
     """Let the parent alone answer Ctrl-C, and end when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """From now on, this process of multiprocessing ends when the one that started it is gone, however that went."""
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

@@ -5,6 +5,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
+from jointfuse.data.parallel import end_with_parent
 from jointfuse.data.plan import Planned
 from jointfuse.errors import UserError
 
@@ -29,6 +30,11 @@ class _PlannedBatches(Dataset[Any]):
             return error
 
 
+def _start_worker(number: int) -> None:
+    # torch's own watch begins later, and of a parent that is gone by then it would never hear.
+    end_with_parent()
+
+
 def stream(reader: Reader[Read], planned: Iterable[Planned], workers: int, pin: bool = False) -> Iterator[Read]:
     """Batches in exactly the planned order, whatever the number of workers; a plan is asked no further than they are
     ahead.
@@ -43,6 +49,7 @@ def stream(reader: Reader[Read], planned: Iterable[Planned], workers: int, pin: 
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_start_worker,
     )
     batches = iter(loader)
     while True:
