@@ -79,22 +79,22 @@ class HostBatch:
 
 def collate(examples: list[Example], valid: np.ndarray, pad_token: int, skipped: Sequence[str] = ()) -> HostBatch:
     """Pad to the longest text and the longest clip of the batch (at least one position each)."""
-    tokens = torch.full((len(examples), max(1, *(len(e.tokens) for e in examples))), pad_token, dtype=torch.long)
-    token_mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    tokens = np.full((len(examples), max(1, *(len(e.tokens) for e in examples))), pad_token, dtype=np.int64)
+    token_mask = np.zeros(tokens.shape, dtype=bool)
     longest = max(continued_length(len(example.clip)) for example in examples)
     clips = torch.empty(len(examples), longest, dtype=torch.int16)
     for row, example in enumerate(examples):
-        tokens[row, : len(example.tokens)] = torch.from_numpy(example.tokens)
+        tokens[row, : len(example.tokens)] = example.tokens
         token_mask[row, : len(example.tokens)] = True
         continued(example.clip, into=clips[row])
-    standing = token_mask.clone()
+    standing = token_mask.copy()
     standing[:, 0] = True
     counted = [example for example, counts in zip(examples, valid, strict=True) if counts]
     return HostBatch(
         ids=torch.tensor([e.id for e in examples]),
-        tokens=tokens,
-        token_mask=token_mask,
-        token_places=standing.flatten().nonzero()[:, 0],
+        tokens=torch.from_numpy(tokens),
+        token_mask=torch.from_numpy(token_mask),
+        token_places=torch.from_numpy(np.flatnonzero(standing)),
         clips=clips,
         frames=torch.tensor([e.frames for e in examples]),
         bin_masks=torch.from_numpy(np.stack([e.bin_masks for e in examples])),
