@@ -222,6 +222,8 @@ class TrainSettings(Settings):
     steps: Positive | None = None
     evaluate_every: str = "1 epoch"
     save_every: str = "1 epoch"
+    log_every: Positive = Field(10, description="steps; a line of the log holds their means")
+    record_batches: bool = Field(False, description="every rank writes down which utterances each step had")
     keep_checkpoints: Positive = 2
     save_async: bool = Field(False, description="train on while a checkpoint is written; it takes as much host memory")
     choose_by: Literal["weighted_f1", "macro_f1", "accuracy", "last"] = Field(

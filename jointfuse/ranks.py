@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import NoReturn
 
 from jointfuse.errors import UserError
 from jointfuse.interruption import FAULT, STOPPED
@@ -43,10 +44,7 @@ def rank_main(work: Callable[[], bool]) -> None:
             flush=True,
         )
         os._exit(FAULT)
-    _leave()
-    if not done:
-        # What still runs here are decoding workers, which nobody waits for.
-        os._exit(STOPPED)
+    leave(0 if done else STOPPED)
 
 
 def _means_a_lost_peer(error: RuntimeError) -> bool:
@@ -71,11 +69,19 @@ def _join() -> None:
     torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
 
 
-def _leave() -> None:
+def leave(status: int) -> NoReturn:
+    """Part from the other ranks and end this process at once.
+
+    Were the interpreter taken down, a thread of gloo that lets go of its last tensor meanwhile would abort the process;
+    and nobody waits for decoding workers that still run.
+    """
     import torch
 
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def free_port() -> int:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from jointfuse.train.checkpoint import latest_checkpoint
 
 LIMIT = 300  # seconds for what takes a few
+RECORDED = "train.record_batches=true"
 PROGRAM = str(Path(sys.executable).parent / "jointfuse")
 
 
@@ -69,12 +71,37 @@ def saved_step(run: Path) -> int:
 
 def losses(run: Path) -> dict[int, float]:
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+    found = [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
+    assert [step for step, _ in found] == sorted({step for step, _ in found})
+    return dict(found)
 
 
-def follows(logged: dict[int, float], of_every_step: np.ndarray, tolerance: float) -> None:
-    """Each line of the log holds the mean loss of the steps since the line before."""
-    last = 0
-    for step, loss in sorted(logged.items()):
-        assert loss == pytest.approx(np.mean(of_every_step[last:step]), abs=tolerance, rel=0), step
-        last = step
+def batches(run: Path) -> dict[int, list[tuple[int, bool]]]:
+    """With train.record_batches: the ids of each step's global batch in order, and whether they count. Steps that were
+    trained twice had the same ones."""
+    held: dict[tuple[int, int], dict[int, Any]] = {}
+    for file in (run / "batches").iterdir():
+        rank = int(file.stem.removeprefix("rank-"))
+        for row in map(json.loads, file.read_text().splitlines()):
+            part = np.stack([row["ids"], row["valid"]])  # (2, accumulation, micro-batch)
+            before = held.setdefault((row["step"], row["ranks"]), {}).setdefault(rank, part)
+            assert np.array_equal(before, part), row["step"]
+    found: dict[int, list[tuple[int, bool]]] = {}
+    for (step, ranks), parts in sorted(held.items()):
+        if len(parts) < ranks:
+            continue  # a step in which some rank was killed
+        ids, valid = np.stack([parts[rank] for rank in range(ranks)], axis=-1).reshape(2, -1)
+        batch = list(zip(ids.tolist(), valid.astype(bool).tolist(), strict=True))
+        assert found.setdefault(step, batch) == batch, step
+    return found
+
+
+def assert_same_steps(run: Path, whole: Path, tolerance: float) -> None:
+    """A run has trained on the batches of another that was never interrupted, every id in its place, and every step had
+    that one's loss."""
+    expected, expected_batches = losses(whole), batches(whole)
+    assert list(expected) == list(expected_batches) == list(range(1, len(expected) + 1))
+    assert losses(run) == pytest.approx(expected, abs=tolerance, rel=0)
+    found = batches(run)
+    for step, batch in expected_batches.items():
+        assert found[step] == batch, step

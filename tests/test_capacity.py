@@ -95,8 +95,7 @@ def one_step(recipe: Path, run: Path, *settings: str) -> dict[str, Any]:
     """Of step WHOLE: bytes held before the update, and all that goes out until the next step begins."""
     begun: list[int] = []
     held: dict[str, int] = {}
-    with trainer(recipe, run, *settings) as made, Collectives() as seen:
-        made.log_every = 100
+    with trainer(recipe, run, "train.log_every=100", *settings) as made, Collectives() as seen:
         step, apply = made._step, made.engine.step
 
         def noted_step(*arguments: Any) -> None:

@@ -49,6 +49,7 @@ RECIPE: dict[str, Any] = {
         "freeze": [],
         "evaluate_every": "100 steps",
         "save_every": "100 steps",
+        "log_every": 1,
     },
 }
 DROPOUT = (
@@ -179,9 +180,8 @@ def _trainer_class() -> Any:
 
 @contextmanager
 def trainer(recipe: Path, run: Path, *overrides: str, resume: bool = False) -> Iterator[Any]:
-    """A Trainer that logs every step; its engine is taken apart afterwards."""
+    """A Trainer; its engine is taken apart afterwards."""
     made = _trainer_class()(load_config(str(recipe), overrides), run, resume)
-    made.log_every = 1
     try:
         yield made
     finally:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from jointfuse.ranks import leave
+
 
 def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `work(*arguments)`, a function at the top of a module, returns on each rank, in rank order, as JSON.
@@ -34,5 +36,4 @@ def _rank(rank: int, ranks: int, work: Callable[..., Any], arguments: tuple[Any,
     dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
     result = work(*arguments)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave(0)

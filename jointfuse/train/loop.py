@@ -51,6 +51,7 @@ from jointfuse.train.pool import pool_step
 from jointfuse.train.progress import Display, peak_memory
 from jointfuse.train.resize import described
 from jointfuse.train.run_folder import (
+    BATCHES,
     BROKEN,
     FINISHED,
     SKIPPED,
@@ -78,8 +79,6 @@ class Trainer:
     Raises:
         UserError: settings, data, weights or a checkpoint that cannot be used; nothing has been written then.
     """
-
-    log_every = 10  # steps between reading figures from the device
 
     def __init__(self, config: Config, run: Path, resume: bool, asked: threading.Event | None = None) -> None:
         self.config, self.run = config, run
@@ -208,7 +207,7 @@ class Trainer:
             self._step(total, micro, window)
             self.display.step(position.step, position.epoch)
             last = position.step == self.steps
-            if position.step % self.log_every == 0 or last:
+            if position.step % self.config.train.log_every == 0 or last:
                 window.flush()
             if position.batch == self.plan.steps_per_epoch:
                 window.flush()
@@ -258,6 +257,8 @@ class Trainer:
 
     def _step(self, total: int, micro: list[Batch], window: "_Window") -> None:
         position, settings = self.position, self.config.train
+        if settings.record_batches:
+            self._record(micro)
         total = self._counted(total, micro)
         factor = lr_factor(settings, position.step - 1, self.steps)
         for group, base in zip(self.engine.optimizer.param_groups, self.base_rates, strict=True):
@@ -268,6 +269,11 @@ class Trainer:
             self.broken = 0
         else:
             self._skipped_step(loss, micro)
+
+    def _record(self, micro: list[Batch]) -> None:
+        ids, valid = ([getattr(batch, name).tolist() for batch in micro] for name in ("ids", "valid"))
+        row = {"step": self.position.step, "ranks": self.world_size, "ids": ids, "valid": valid}
+        note(self.run / BATCHES / f"rank-{self.rank:05d}.jsonl", [row])
 
     def _micro_steps(self, total: int, micro: list[Batch], window: "_Window") -> torch.Tensor:
         """Returns the sum of this rank's losses."""

@@ -6,6 +6,7 @@ RUN/metrics.jsonl      losses and dev scores      RUN/tokenizer/     where the m
 RUN/status             running, finished or stopped
 RUN/tensorboard/           RUN/skipped.jsonl  with data.on_error=skip: what could not be read, and why
                            RUN/broken.jsonl   utterances of steps whose loss or gradient was not finite
+                           RUN/batches/  with train.record_batches: a file a rank, the utterances of each micro-batch
 """
 
 import json
@@ -24,7 +25,7 @@ from jointfuse.errors import UserError
 from jointfuse.evaluate.history import read_metrics
 from jointfuse.train.checkpoint import write_atomically
 
-SKIPPED, BROKEN = "skipped.jsonl", "broken.jsonl"
+SKIPPED, BROKEN, BATCHES = "skipped.jsonl", "broken.jsonl", "batches"
 RUNNING, FINISHED, STOPPED_EARLY = "running", "finished", "stopped"
 
 
@@ -73,6 +74,7 @@ def read_status(run: Path) -> str:
 def note(path: Path, rows: list[dict[str, Any]]) -> None:
     """Every rank adds its own lines; a resumed run may write some a second time."""
     if rows:
+        path.parent.mkdir(exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
