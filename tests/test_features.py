@@ -7,8 +7,8 @@ import torchaudio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jointfuse.data.features import FrontEnd, continued, log_mel, to_int16
-from jointfuse.data.mel import MEL_BINS, frames_of
+from jointfuse.data.features import FrontEnd, continued, log_mel
+from jointfuse.data.mel import MEL_BINS, frames_of, to_pcm
 
 
 def clip(samples: int, seed: int = 0) -> torch.Tensor:
@@ -21,7 +21,7 @@ def clip(samples: int, seed: int = 0) -> torch.Tensor:
 
 def mel_of(waveform: torch.Tensor) -> torch.Tensor:
     """(S,) -> (F, 80)"""
-    return log_mel(continued(waveform)[None])[0, : frames_of(len(waveform))]
+    return log_mel(torch.from_numpy(continued(waveform.numpy()))[None])[0, : frames_of(len(waveform))]
 
 
 @pytest.mark.parametrize("samples", [257, 258, 400, 1599, 1600, 1601, 16_000, 63_999])
@@ -60,7 +60,7 @@ SAMPLES = (4000, 1, 16_000, 256, 257, 9_613)
 
 def batch_of(waveforms: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """clips (B, S + 512) int16 and frames (B,)."""
-    clips = [continued(to_int16(wave)) for wave in waveforms]
+    clips = [torch.from_numpy(continued(to_pcm(wave.numpy()))) for wave in waveforms]
     padded = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
     return padded, torch.tensor([frames_of(len(wave)) for wave in waveforms])
 
@@ -75,7 +75,7 @@ def test_a_clip_has_the_spectrogram_it_has_alone_up_to_both_its_ends_whatever_ba
         torch.testing.assert_close(mel[row, : frames[row]], (mel_of(wave) + 3) / 2.5, rtol=0, atol=1e-4)
         assert (mel[row, frames[row] :] == 0).all()
     # The reason for continuing each clip at its own ends: padded with silence, the last frames are others.
-    silence = log_mel(continued(torch.cat([waves[0], torch.zeros(4000)]))[None])[0, : frames[0]]
+    silence = mel_of(torch.cat([waves[0], torch.zeros(4000)]))[: frames[0]]
     assert (mel_of(waves[0])[-1] - silence[-1]).abs().max() > 0.1
     torch.testing.assert_close(mel_of(waves[0])[:23], silence[:23])
 
@@ -93,6 +93,6 @@ def test_masked_bins_and_frames_are_zero_and_no_others() -> None:
 
 @given(st.integers(1, 3000))
 def test_what_a_sixteen_bit_clip_held_crosses_unchanged_and_louder_samples_are_clipped(samples: int) -> None:
-    stored = torch.from_numpy(np.random.default_rng(samples).integers(-32768, 32768, samples).astype(np.int16))
-    assert torch.equal(to_int16(stored.float() / 32768), stored)
-    assert to_int16(torch.tensor([1.5, -1.5, 1.0])).tolist() == [32767, -32768, 32767]
+    stored = np.random.default_rng(samples).integers(-32768, 32768, samples).astype(np.int16)
+    assert np.array_equal(to_pcm(stored.astype(np.float32) / 32768), stored)
+    assert to_pcm(np.array([1, -1, 1.7, -1.7, 0.5 / 32768], np.float32)).tolist() == [32767, -32768, 32767, -32768, 0]

@@ -9,10 +9,9 @@ import torchaudio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jointfuse.data.build import to_pcm
 from jointfuse.data.corpora.table import load_clip
 from jointfuse.data.features import continued, log_mel
-from jointfuse.data.mel import MelSums, filters, window
+from jointfuse.data.mel import MelSums, filters, to_pcm, window
 from jointfuse.data.shards import Corpus
 
 
@@ -69,7 +68,7 @@ def test_of_real_speech_an_eighth_of_the_frames_has_the_mean_and_deviation_of_al
     for path in sorted((shared / "data" / "ravdess").glob("*.flac"))[::20]:
         clip = to_pcm(load_clip(path))
         sums.add(clip)
-        values.append(log_mel(continued(torch.from_numpy(clip))[None]).double().numpy())
+        values.append(log_mel(torch.from_numpy(continued(clip))[None]).double().numpy())
     mean, deviation = statistics(values)
     assert abs(sums.sum / sums.count - mean) < 0.01 * deviation
     assert np.sqrt(sums.squares / sums.count - (sums.sum / sums.count) ** 2) == pytest.approx(deviation, rel=0.01)

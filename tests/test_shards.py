@@ -16,7 +16,6 @@ from corpus_helpers import REPOSITORY, hashes, small_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jointfuse.data.build import to_pcm
 from jointfuse.data.corpora.table import load_clip
 from jointfuse.data.shards import INDEX_DTYPE, Corpus, Utterance, _files, _plain_files, write_tar
 from jointfuse.errors import UserError
@@ -192,10 +191,6 @@ def test_a_tar_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stop"):
         write_tar(tmp_path / "shard-000000.tar", utterances())
     assert hashes(tmp_path) == {}
-
-
-def test_full_scale_does_not_wrap() -> None:
-    assert to_pcm(np.array([1, -1, 1.7, -1.7, 0.5 / 32768], np.float32)).tolist() == [32767, -32768, 32767, -32768, 0]
 
 
 def test_a_clip_of_one_sample_is_still_a_clip(tmp_path: Path) -> None:

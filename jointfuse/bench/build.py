@@ -20,9 +20,9 @@ from rich.table import Table
 
 from jointfuse.bench.device import device_name, mebibytes
 from jointfuse.bench.result import write_result
-from jointfuse.data.build import build, to_pcm
+from jointfuse.data.build import build
 from jointfuse.data.corpora.table import load_clip, table_corpus
-from jointfuse.data.mel import SAMPLE_RATE, MelSums
+from jointfuse.data.mel import SAMPLE_RATE, MelSums, to_pcm
 from jointfuse.data.parallel import cores, processes
 
 PLAIN_CLIPS = 1000  # that the plain loop takes, before the build and again after it

@@ -5,8 +5,7 @@ import torch
 import torchaudio.functional as F_audio
 
 from jointfuse.config import AugmentSettings
-from jointfuse.data.features import to_int16
-from jointfuse.data.mel import INT16, MEL_BINS
+from jointfuse.data.mel import INT16, MEL_BINS, to_pcm
 
 SPEED_STEPS = 50  # speeds are multiples of 1 / 50: the resampling filters stay short
 UNUSED = np.random.default_rng(0)  # where nothing is drawn: making another takes longer than reading a clip's bytes
@@ -30,12 +29,12 @@ class Augmentation:
         # The plan's own numbers have the same key and the counters below 2^64.
         return np.random.Generator(np.random.Philox(key=[self.seed, self.epoch], counter=[0, id + 1, 0, 0]))
 
-    def waveform(self, clip: torch.Tensor, draws: np.random.Generator) -> torch.Tensor:
+    def waveform(self, clip: np.ndarray, draws: np.random.Generator) -> np.ndarray:
         """(S,) -> (S',) int16: speed (and with it pitch; Ko et al. 2015), white noise, gain, in this order."""
         settings = self.settings
         if not (settings.speed or settings.noise or settings.gain):
             return clip
-        waveform = clip / INT16
+        waveform = torch.from_numpy(clip) / INT16
         if settings.speed:
             furthest = round(settings.speed * SPEED_STEPS)
             speed = SPEED_STEPS + int(draws.integers(-furthest, furthest, endpoint=True))
@@ -46,7 +45,7 @@ class Augmentation:
             waveform = waveform + noise * waveform.square().mean().sqrt() * 10 ** (-ratio / 20)
         if settings.gain:
             waveform = waveform * 10 ** (draws.uniform(-settings.gain, settings.gain) / 20)
-        return to_int16(waveform)
+        return to_pcm(waveform.numpy())
 
     def masks(self, frames: int, draws: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Bands of bins and of frames that are hidden, each (M, 2) int64, first and number (SpecAugment, Park et al.

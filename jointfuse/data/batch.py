@@ -16,7 +16,7 @@ class Example:
 
     id: int
     tokens: np.ndarray  # (T,) int64; empty when the utterance has no text
-    clip: torch.Tensor  # (S,) int16; empty when it has no clip
+    clip: np.ndarray  # (S,) int16; empty when it has no clip
     frames: int  # F; 0 when it has no clip
     bin_masks: np.ndarray  # (M, 2) int64, first and number
     frame_masks: np.ndarray  # (M, 2) int64
@@ -82,7 +82,7 @@ def collate(examples: list[Example], valid: np.ndarray, pad_token: int, skipped:
     tokens = np.full((len(examples), max(1, *(len(e.tokens) for e in examples))), pad_token, dtype=np.int64)
     token_mask = np.zeros(tokens.shape, dtype=bool)
     longest = max(continued_length(len(example.clip)) for example in examples)
-    clips = torch.empty(len(examples), longest, dtype=torch.int16)
+    clips = np.empty((len(examples), longest), dtype=np.int16)
     for row, example in enumerate(examples):
         tokens[row, : len(example.tokens)] = example.tokens
         token_mask[row, : len(example.tokens)] = True
@@ -95,7 +95,7 @@ def collate(examples: list[Example], valid: np.ndarray, pad_token: int, skipped:
         tokens=torch.from_numpy(tokens),
         token_mask=torch.from_numpy(token_mask),
         token_places=torch.from_numpy(np.flatnonzero(standing)),
-        clips=clips,
+        clips=torch.from_numpy(clips),
         frames=torch.tensor([e.frames for e in examples]),
         bin_masks=torch.from_numpy(np.stack([e.bin_masks for e in examples])),
         frame_masks=torch.from_numpy(np.stack([e.frame_masks for e in examples])),

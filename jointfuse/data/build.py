@@ -30,7 +30,7 @@ from jointfuse.data.index import (
     split_record,
     write_json,
 )
-from jointfuse.data.mel import MelSums
+from jointfuse.data.mel import MelSums, to_pcm
 from jointfuse.data.parallel import cores, processes, progress
 from jointfuse.data.shards import Utterance, write_tar
 from jointfuse.errors import UserError
@@ -308,11 +308,6 @@ def _utterances(job: _Job, faults: list[dict[str, Any]]) -> Iterator[Utterance]:
 def fault_record(split: str, key: str | None, fault: Fault | FaultyClip) -> dict[str, Any]:
     """An entry of corpus.json's `faults`; `key` is that of the sample concerned."""
     return {"split": split, "key": key, "file": fault.file, "fault": fault.fault, "done": fault.done}
-
-
-def to_pcm(waveform: np.ndarray) -> np.ndarray:
-    """(S,) float32 in [-1, 1] -> (S,) int16, clipped where it is louder than one."""
-    return np.clip(np.rint(waveform * 32768.0), -32768, 32767).astype(np.int16)
 
 
 def _work_alone(job: _Job) -> None:

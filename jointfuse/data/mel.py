@@ -26,6 +26,11 @@ def frames_of(samples: int) -> int:
     return 1 + samples // HOP_LENGTH
 
 
+def to_pcm(waveform: np.ndarray) -> np.ndarray:
+    """(S,) float32 in [-1, 1] -> (S,) int16, clipped where it is louder than one."""
+    return np.clip(np.rint(waveform * INT16), -INT16, INT16 - 1).astype(np.int16)
+
+
 @cache
 def window() -> np.ndarray:
     """(512,) float32: a periodic Hann window of 25 ms with zeros at either side."""

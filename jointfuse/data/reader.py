@@ -6,7 +6,6 @@ from copy import copy
 from typing import Self
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from jointfuse.config import AugmentSettings, DataSettings
@@ -153,12 +152,12 @@ class UtteranceReader:
             kept = [*turn, end, *kept]
         return np.asarray([begin, *kept], dtype=np.int64), len(own) > room - 1
 
-    def _clip(self, id: int, waveform: np.ndarray | None) -> tuple[torch.Tensor, int, Masks, bool]:
+    def _clip(self, id: int, waveform: np.ndarray | None) -> tuple[np.ndarray, int, Masks, bool]:
         """(S,) int16 -> (S',) int16, its frames, its masks, and whether it was cut."""
         draws = self.augmentation.draws(id)
         if waveform is None:
-            return torch.empty(0, dtype=torch.int16), 0, self.augmentation.masks(0, draws), False
-        heard = self.augmentation.waveform(torch.from_numpy(waveform), draws)[: self.max_samples]
+            return np.empty(0, dtype=np.int16), 0, self.augmentation.masks(0, draws), False
+        heard = self.augmentation.waveform(waveform, draws)[: self.max_samples]
         frames = frames_of(len(heard))
         cut = len(waveform) > self.max_samples
         return heard, frames, self.augmentation.masks(frames, draws), cut

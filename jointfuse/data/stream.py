@@ -1,7 +1,7 @@
 """From a plan and a reader to batches, decoded in worker processes, in the plan's order."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -9,7 +9,14 @@ from jointfuse.data.parallel import end_with_parent
 from jointfuse.data.plan import Planned
 from jointfuse.errors import UserError
 
-Read = TypeVar("Read", covariant=True)
+
+class Pinnable(Protocol):
+    """A batch in host memory."""
+
+    def pin_memory(self) -> Self: ...
+
+
+Read = TypeVar("Read", bound=Pinnable, covariant=True)
 
 
 class Reader(Protocol[Read]):
@@ -42,13 +49,18 @@ def stream(reader: Reader[Read], planned: Iterable[Planned], workers: int, pin: 
     Raises:
         UserError: an utterance could not be read, or a decoding process was killed.
     """
+    if not workers:
+        for one in planned:
+            batch = reader.batch(one)
+            yield batch.pin_memory() if pin else batch
+        return
     loader: DataLoader[Any] = DataLoader(
         _PlannedBatches(reader),
         sampler=planned,
         batch_size=None,
         num_workers=workers,
         pin_memory=pin,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=4,
         worker_init_fn=_start_worker,
     )
     batches = iter(loader)

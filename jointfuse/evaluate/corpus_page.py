@@ -220,7 +220,7 @@ def sound(clip: np.ndarray, colour: int) -> Figure:
     low, high = ([extreme(piece) for piece in pieces] for extreme in (np.min, np.max))
     wave.fill_between(times, low, high, color=PALETTE[colour % len(PALETTE)], linewidth=0.4)
     wave.set(ylim=(-1, 1), yticks=[-1, 0, 1])
-    spectrogram = log_mel(continued(torch.from_numpy(clip))[None])[0, : frames_of(len(clip))].numpy()
+    spectrogram = log_mel(torch.from_numpy(continued(clip))[None])[0, : frames_of(len(clip))].numpy()
     end = max(seconds, len(spectrogram) / FRAMES_PER_SECOND)
     mel.imshow(spectrogram.T, aspect="auto", origin="lower", cmap="magma", extent=(0, end, 0, 80), interpolation="none")
     mel.set(xlabel="seconds", ylabel="mel bin", yticks=[0, 40, 80], xlim=(0, end))
