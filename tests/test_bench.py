@@ -149,10 +149,11 @@ def test_a_plan_of_any_size_is_timed_to_its_end(tmp_path: Path) -> None:
         plan.benchmark_plan(5, 9, 1, out, console)
 
 
-def test_a_build_is_timed_beside_its_floor_and_its_memory_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("media", ["mp4", "wav"])
+def test_a_build_is_timed_beside_its_floor_and_its_memory_is_told(media: str, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     console = Console(record=True, width=130)
-    result = build.benchmark_build(40, 0.5, 8000, 1, out, console)
+    result = build.benchmark_build(40, 0.5, 8000, media, 1, out, console)
     assert json.loads(out.read_text()) == result
     assert result["clips"] == 40
     assert list(result["floors"]) == ["decode + encode", "decode + encode + mel"]
@@ -160,7 +161,7 @@ def test_a_build_is_timed_beside_its_floor_and_its_memory_is_told(tmp_path: Path
         assert floor["ratio"] == pytest.approx(result["ours"]["clips_a_second"] / floor["clips_a_second"])
     assert result["bytes_at_the_end"] is None or result["bytes_at_the_end"] > 2**20
     printed = console.export_text()
-    assert "40 clips of 0.5 s at 8,000 Hz, 1 processes" in printed
+    assert f"40 clips of 0.5 s at 8,000 Hz ({media}), 1 processes" in printed
     assert "floor: decode + encode + mel" in printed
 
 

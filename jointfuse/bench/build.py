@@ -8,11 +8,13 @@ import os
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import soundfile
 from rich.console import Console
@@ -20,10 +22,13 @@ from rich.table import Table
 
 from jointfuse.bench.device import device_name, mebibytes
 from jointfuse.bench.result import write_result
-from jointfuse.data.build import build
+from jointfuse.data.build import CorpusSpec, build
+from jointfuse.data.corpora.meld import COLUMNS, FOLDERS, LABELS, TABLES, meld_corpus
 from jointfuse.data.corpora.table import load_clip, table_corpus
-from jointfuse.data.mel import SAMPLE_RATE, MelSums, to_pcm
+from jointfuse.data.media import read_audio
+from jointfuse.data.mel import INT16, SAMPLE_RATE, MelSums, to_pcm
 from jointfuse.data.parallel import cores, processes
+from jointfuse.errors import UserError
 
 PLAIN_CLIPS = 1000  # that the plain loop takes, before the build and again after it
 LOOK = 0.5  # seconds between two looks at the building processes
@@ -31,19 +36,25 @@ LOOPS = {"decode + encode": False, "decode + encode + mel": True}  # with the me
 
 
 def benchmark_build(
-    clips: int, clip_seconds: float, rate: int, workers: int | None, out: Path | None, console: Console
+    clips: int, clip_seconds: float, rate: int, media: str, workers: int | None, out: Path | None, console: Console
 ) -> dict[str, Any]:
-    """Measure, print a table, write the result file. See `python -m jointfuse.bench build --help`."""
+    """Measure, print a table, write the result file. See `python -m jointfuse.bench build --help`.
+
+    Raises:
+        UserError: media of an unknown name.
+    """
+    if media not in MEDIA:
+        raise UserError(f"--media {media}: choose one of {', '.join(MEDIA)}")
     workers = workers or cores()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        table = _write_clips(folder, clips, clip_seconds, rate)
-        some = sorted(folder.glob("wav/*.wav"))[:: max(1, clips // PLAIN_CLIPS)]
+        _write_clips(folder, clips, clip_seconds, rate, media)
+        some = sorted(folder.glob(f"{FOLDERS['train']}/*.{media}"))[:: max(1, clips // PLAIN_CLIPS)]
         loops: dict[str, list[tuple[float, float]]] = {loop: [] for loop in LOOPS}
         _plain_all(some, loops)
         with _watched(folder / "corpus" / "train") as looks:
             started, used = time.perf_counter(), time.process_time()
-            info = build(table_corpus([(None, table)], "synthetic"), folder / "corpus", workers)
+            info = build(MEDIA[media](folder), folder / "corpus", workers)
             taken, used = time.perf_counter() - started, time.process_time() - used
         _plain_all(some, loops)
     assert info["splits"]["train"]["samples"] == clips
@@ -66,6 +77,7 @@ def benchmark_build(
         "clips": clips,
         "clip_seconds": clip_seconds,
         "rate": rate,
+        "media": media,
         "workers": workers,
         "load_average": os.getloadavg()[0],
         "ours": ours,
@@ -77,27 +89,58 @@ def benchmark_build(
     return write_result("build", figures, out, console)
 
 
-def _write_clips(folder: Path, clips: int, clip_seconds: float, rate: int) -> Path:
-    """WAV files of voices with pauses and noise, and their table; every clip is a piece of one long recording."""
+def _write_clips(folder: Path, clips: int, clip_seconds: float, rate: int, media: str) -> None:
+    """Voices with pauses and noise in the folders, under the names and with the tables of MELD, all but two of them in
+    train; every clip is a piece of one long recording."""
     random = np.random.default_rng(0)
     time_ = np.arange(round((clip_seconds + 60) * rate)) / rate
     pitch = 2 * np.pi * np.cumsum(150 + 40 * np.sin(2 * np.pi * 0.7 * time_)) / rate
     voice = sum(np.sin(k * pitch) / k for k in range(1, 15)) * np.maximum(np.sin(2 * np.pi * 1.3 * time_), 0)
     sound = to_pcm((0.1 * voice + 0.003 * random.standard_normal(len(time_))).astype(np.float32))
-    (folder / "wav").mkdir()
     length = round(clip_seconds * rate)
-    lines = ["text,label,audio,dialogue_id,turn,split"]
-    for number in range(clips):
-        start = random.integers(60 * rate)
-        soundfile.write(folder / "wav" / f"{number:08d}.wav", sound[start : start + length], rate)
-        lines.append(f"said {number},{'ab'[number % 2]},wav/{number:08d}.wav,d{number // 10},{number % 10},train")
-    table = folder / "all.csv"
-    table.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return table
+    for split, number_of_clips in (("train", clips), ("dev", 1), ("test", 1)):
+        (folder / FOLDERS[split]).mkdir()
+        lines = [f"Sr No.,{','.join(COLUMNS)},audio"]
+        for number in range(number_of_clips):
+            start = random.integers(60 * rate)
+            file = f"{FOLDERS[split]}/dia{number // 10}_utt{number % 10}.{media}"
+            _write_clip(folder / file, sound[start : start + length], rate)
+            said = f"said {number},Anna,{LABELS[number % 7]},neutral,{number // 10},{number % 10},1,1"
+            lines.append(f"{number + 1},{said},0,{clip_seconds},{file}")
+        (folder / TABLES[split]).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_clip(path: Path, sound: np.ndarray, rate: int) -> None:
+    """(S,) int16, into the one channel of a WAV file or both of an MP4 file."""
+    if path.suffix == ".wav":
+        soundfile.write(path, sound, rate)
+        return
+    with av.open(str(path), "w", format="mp4") as container:
+        track = container.add_stream("aac", rate=rate, layout="stereo")
+        frame = av.AudioFrame.from_ndarray(np.stack([sound / np.float32(INT16)] * 2), "fltp", "stereo")
+        frame.sample_rate, frame.pts = rate, 0
+        container.mux(track.encode(frame))
+        container.mux(track.encode(None))
+
+
+def _meld(folder: Path) -> CorpusSpec:
+    counts = {}
+    for split, table in TABLES.items():
+        lines = (folder / table).read_text(encoding="utf-8").splitlines()[1:]
+        counts[split] = Counter(line.split(",")[3] for line in lines)
+    return meld_corpus(folder, published=counts)
+
+
+def _table_of_files(folder: Path) -> CorpusSpec:
+    tables = [(split, folder / table) for split, table in TABLES.items()]
+    return table_corpus(tables, "synthetic", dialogues_per_table=True)
+
+
+MEDIA = {"mp4": _meld, "wav": _table_of_files}
 
 
 def _plain_all(paths: list[Path], into: dict[str, list[tuple[float, float]]]) -> None:
-    with processes(1, load_clip.__module__) as pool:  # in a process like those that build
+    with processes(1, meld_corpus.__module__) as pool:  # in a process like those that build
         pool.submit(_plain, paths[:10], True).result()  # the first call loads libraries
         for loop, with_mel in LOOPS.items():
             into[loop].append(pool.submit(_plain, paths, with_mel).result())
@@ -108,7 +151,7 @@ def _plain(paths: list[Path], with_mel: bool) -> tuple[float, float]:
     mel = MelSums()
     started, used = time.perf_counter(), time.process_time()
     for path in paths:
-        clip = to_pcm(load_clip(path))
+        clip = to_pcm(load_clip(path) if path.suffix == ".wav" else read_audio(path))
         soundfile.write(io.BytesIO(), clip, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
         if with_mel:
             mel.add(clip)
@@ -165,7 +208,7 @@ def _resident(process: int) -> int:
 def _table(figures: dict[str, Any]) -> Table:
     title = (
         f"{device_name()}, load {figures['load_average']:.1f}\n{figures['clips']:,} clips of "
-        f"{figures['clip_seconds']:g} s at {figures['rate']:,} Hz, {figures['workers']} processes"
+        f"{figures['clip_seconds']:g} s at {figures['rate']:,} Hz ({figures['media']}), {figures['workers']} processes"
     )
     table = Table(title=title, title_justify="left")
     for name in ("what", "clips/s", "ours / it", "clips/s of processor time", "ours / it"):
