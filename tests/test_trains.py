@@ -126,6 +126,7 @@ def every_case(recipe: Path, stage3: Path, folder: Path) -> dict[str, Any]:
     with trainer(recipe, folder / "last", *last) as made:
         made.train()
         cases["last"] = outcome(made)
+    cases["means"] = train(recipe, folder / "means", *last, "train.evaluate_every=4 steps", "train.log_every=3")
     # At this rate nothing changes, so the first score is never beaten.
     cases["patient"] = train(
         recipe, folder / "patient", "train.lr=1e-20", "train.evaluate_every=2 steps", "train.patience=2"
@@ -269,6 +270,14 @@ def test_a_run_that_chooses_by_none_keeps_the_model_of_its_end(cases: dict[str, 
     assert trained.position["best_step"] == 4
     kept = load_file(folder / "last" / "best" / "model.safetensors")
     assert largest_difference({name: tensor.float().numpy() for name, tensor in kept.items()}, trained.weights) == 0
+
+
+def test_a_line_of_the_log_holds_the_means_of_the_steps_since_the_line_before(cases: dict[str, Any]) -> None:
+    of_every_step = cases["last"].losses
+    lines = [row for row in cases["means"].rows if row["kind"] == "train"]
+    assert [row["step"] for row in lines] == [3, 4]
+    for row, steps in zip(lines, (of_every_step[:3], of_every_step[3:]), strict=True):
+        assert [row["loss"], row["loss_erc"], row["loss_icl"]] == pytest.approx(steps.mean(axis=0), abs=1e-6, rel=0)
 
 
 def test_a_run_starts_from_an_exported_model(cases: dict[str, Any], folder: Path) -> None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+KEPT = 32 * 2**20  # bytes of freed memory that a worker process may keep
+
 
 def cores() -> int:
     """How many this process may use."""
@@ -25,6 +27,8 @@ def processes(workers: int, preload: str | None = None) -> ProcessPoolExecutor:
     With `preload`, they are copies of one that has imported this module: importing takes longer than many a job.
     """
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a process is one core's work: with more threads they fight over it
+    # Else glibc hands the memory of one clip back to the system, which has to clear it again for the next.
+    os.environ |= dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(KEPT))
     forked = preload and "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forked else "spawn")
     if preload and forked:
