@@ -21,7 +21,7 @@ SCRIPTS = Path(sys.executable).parent
 # As in a shell in which the virtual environment is not active.
 BARE = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
 STEPS = 12
-SETTINGS = (f"train.steps={STEPS}", "train.batch=6", "data.workers=1")
+SETTINGS = (f"train.steps={STEPS}", "train.batch=6", "data.workers=1", "train.log_every=10")
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,7 @@ def demo_in_eight_parts(corpus: Path, files: dict[int, Path], folder: Path) -> d
             more = (*settings, f"train.deepspeed={file}", f"train.micro_batch={micro}")
             where = folder / f"demo {name} {stage}"
             runs[name, stage] = first_gradient("demo", where, *more, *still)[1]
-    runs["trained"] = train(Path("demo"), folder / "demo", *more, "train.steps=12")
+    runs["trained"] = train(Path("demo"), folder / "demo", *more, "train.steps=12", "train.log_every=1")
     return runs
 
 
