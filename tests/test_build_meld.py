@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import yaml
@@ -27,7 +28,7 @@ from jointfuse.data.build import build
 from jointfuse.data.corpora import meld
 from jointfuse.data.corpora.meld import FOLDERS, LABELS, PUBLISHED, TABLES, meld_corpus
 from jointfuse.data.corpora.text import repair
-from jointfuse.data.media import EmptyAudio, NoAudioTrack, Undecodable, read_audio
+from jointfuse.data.media import EmptyAudio, NoAudioTrack, Undecodable, mono, read_audio
 from jointfuse.data.shards import Corpus
 from jointfuse.errors import UserError
 
@@ -466,6 +467,29 @@ def test_the_sound_of_a_film_is_heard_as_it_was_recorded(tmp_path: Path, rate: i
     assert len(heard) == pytest.approx(24_000, abs=1100)
     assert np.abs(heard[2000:22_000] - wave[2000:22_000]).mean() < 0.03
     assert np.array_equal(heard, read_audio(tmp_path / "a.mp4"))
+
+
+@pytest.mark.parametrize(("codec", "suffix"), [("aac", "mp4"), ("pcm_s16le", "mov"), ("flac", "flac")])
+def test_the_sound_of_a_film_is_that_of_its_frames_one_after_the_other_whatever_their_times(
+    tmp_path: Path, codec: str, suffix: str
+) -> None:
+    path = tmp_path / f"gap.{suffix}"
+    noise = np.random.default_rng(0).uniform(-0.4, 0.4, (2, 48_000))
+    with av.open(str(path), "w") as container:
+        track = container.add_stream(codec, rate=16_000, layout="stereo")
+        kind = track.codec_context.format.name
+        for number, part in enumerate(np.split(noise, 3, axis=1)):
+            planar = part.astype(np.float32) if kind == "fltp" else (part.T * 32767).astype(np.int16).reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(planar, kind, "stereo")
+            frame.sample_rate, frame.pts = 16_000, 20_000 * number  # a gap of a quarter of a second
+            container.mux(track.encode(frame))
+        container.mux(track.encode(None))
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
+    stereo = np.concatenate(frames, axis=1)
+    if kind != "fltp":
+        stereo = (stereo.reshape(-1, 2).T / 32768).astype(np.float32)
+    assert np.array_equal(read_audio(path), mono(stereo.T, 16_000))
 
 
 def test_a_file_without_sound_says_which_kind_it_is(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ def read_audio(path: Path) -> np.ndarray:
 
     if path.stat().st_size == 0:
         raise EmptyAudio("an empty file")
-    parts, rates = [], set()
+    rates = set()
+    joined = av.AudioFifo()  # an array a frame takes longer to join than to decode
     try:
         # With the protocol named, no name of a file is taken for an address.
         with av.open(f"file:{path}", metadata_errors="ignore") as container:
@@ -47,16 +48,19 @@ def read_audio(path: Path) -> np.ndarray:
             planes = av.AudioResampler(format="fltp")
             for frame in container.decode(container.streams.audio[0]):
                 rates.add(frame.sample_rate)
-                parts += [plane.to_ndarray() for plane in planes.resample(frame)]
+                for part in planes.resample(frame):
+                    part.pts = None  # some files' times leave gaps, which the fifo would refuse
+                    joined.write(part)
     except av.FFmpegError as error:
         raise Undecodable(error.strerror or type(error).__name__) from error
     except MediaError:
         raise
     except ValueError as error:  # the resampler, of a frame unlike the first
         raise Undecodable("its rate or channels change within the track") from error
-    if not parts:
+    heard = joined.read()
+    if heard is None:
         raise EmptyAudio("no samples")
-    samples = np.concatenate(parts, axis=1)
+    samples = heard.to_ndarray()  # (channels, S)
     if not np.isfinite(samples).all():
         raise Undecodable("values that are not numbers")
     return mono(samples.T, rates.pop())

@@ -115,9 +115,11 @@ def write_tar(path: Path, utterances: Iterable[Utterance], mel: MelSums | None =
                 duration = len(utterance.waveform) / SAMPLE_RATE
                 if mel is not None:
                     mel.add(utterance.waveform)
+            written = []
             for extension, content in sorted(members.items()):
-                tar.write(_header(f"{utterance.key}.{extension}", len(content)) + content)
-                tar.write(bytes(-len(content) % tarfile.BLOCKSIZE))
+                padding = bytes(-len(content) % tarfile.BLOCKSIZE)
+                written += [_header(f"{utterance.key}.{extension}", len(content)), content, padding]
+            tar.write(b"".join(written))
             samples.append(
                 {
                     "key": utterance.key,

@@ -32,6 +32,8 @@ def repair(text: str) -> tuple[str, int]:
     Windows-1252 read as Latin-1 (a curly apostrophe is U+0092). A sequence is taken for misread UTF-8 only where what
     comes of it is itself a character of Windows-1252: of other text hardly any would be.
     """
+    if text.isascii():
+        return text, 0
     mended = 0
 
     def reread(match: re.Match[str]) -> str:
