@@ -149,7 +149,7 @@ MEDIA = {"mp4": _meld, "wav": _table_of_files}
 
 
 def _plain_all(paths: list[Path], into: dict[str, list[tuple[float, float]]]) -> None:
-    with processes(1, meld_corpus.__module__) as pool:  # in a process like those that build
+    with processes(1) as pool:  # not a copy as those that build are: what they are copies of starts with the build
         pool.submit(_plain, paths[:10], True).result()  # the first call loads libraries
         for loop, with_mel in LOOPS.items():
             into[loop].append(pool.submit(_plain, paths, with_mel).result())

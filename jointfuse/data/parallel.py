@@ -26,14 +26,32 @@ def processes(workers: int, preload: str | None = None) -> ProcessPoolExecutor:
 
     With `preload`, they are copies of one that has imported this module: importing takes longer than many a job.
     """
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a process is one core's work: with more threads they fight over it
-    # Else glibc hands the memory of one clip back to the system, which has to clear it again for the next.
-    os.environ |= dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(KEPT))
+    _for_one_core()
     forked = preload and "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forked else "spawn")
     if preload and forked:
         context.set_forkserver_preload([preload])
     return ProcessPoolExecutor(workers, context, initializer=_start_worker)
+
+
+def preload(*modules: str) -> None:
+    """Begin to import what the processes of later pools will need, in the one they will be copies of.
+
+    For work that has something else to do first. Nothing, where a pool was there before or processes cannot be copied.
+    """
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        from multiprocessing.forkserver import ensure_running, set_forkserver_preload
+
+        _for_one_core()
+        set_forkserver_preload(list(modules))
+        ensure_running()
+
+
+def _for_one_core() -> None:
+    """Set what the processes to come inherit."""
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # with more threads they fight over the cores
+    # Else glibc hands the memory of one clip back to the system, which has to clear it again for the next.
+    os.environ |= dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(KEPT))
 
 
 def _start_worker() -> None:

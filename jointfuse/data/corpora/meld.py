@@ -22,6 +22,7 @@ from jointfuse.data.corpora.unpack import is_archive, unpack
 from jointfuse.data.index import replacing
 from jointfuse.data.media import EmptyAudio, MediaError, NoAudioTrack, Undecodable, read_audio
 from jointfuse.data.mel import SAMPLE_RATE
+from jointfuse.data.parallel import preload
 from jointfuse.errors import UserError
 
 LABELS = ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")
@@ -59,8 +60,8 @@ DEEPEST, DEEPEST_UNPACKED = 3, 6  # folders below RAW, and below where archives 
 class Clip:
     """Where an utterance's sound lies, and what is known of it."""
 
-    path: Path
-    file: str  # folder and name
+    root: Path
+    file: str  # folder and name, in `root`
     seconds: float | None  # by its row; None: the row has no duration
     known: frozenset[str]  # kinds of faults
 
@@ -84,6 +85,8 @@ def meld_corpus(
         UserError: `raw` is not MELD, or of another release, or not whole; or an archive cannot be unpacked.
     """
     places = _places(raw, scratch, text_only)
+    if not text_only:
+        preload(__name__, "av", "scipy.signal")  # what read_clips will need, while we read the tables
     tables = {split: _Table(split, places[TABLES[split]]) for split in PUBLISHED}
     _check_counts(tables, published)
     faults = [fault for table in tables.values() for fault in table.faults]
@@ -236,7 +239,7 @@ class _Table:
             assert row.start is not None
             assert row.end is not None
             seconds = row.end - row.start if row.end > row.start else None
-            sound = Clip(folder / f"{clip}.mp4", file, seconds, known)
+            sound = Clip(folder.parent, file, seconds, known)
             self.rows[clip] = replace(row, clip=sound, identity=f"{file} {size}")
         if len(lacking) > MOST_MISSING * len(self.rows):
             raise UserError(
@@ -257,7 +260,7 @@ def _text(path: Path) -> str:
 
 
 def _whole(cell: str, column: str, origin: str) -> int:
-    if not re.fullmatch(r"\d{1,9}", cell, re.ASCII):
+    if not (cell.isascii() and cell.isdigit() and len(cell) <= 9):
         raise UserError(f"{origin}: {column} {cell!r} is not a whole number; take the CSV of MELD.Raw")
     return int(cell)
 
@@ -311,7 +314,7 @@ def read_clips(rows: Sequence[Row]) -> Iterator[np.ndarray | FaultyClip | None]:
             yield None
             continue
         try:
-            waveform = read_audio(clip.path)
+            waveform = read_audio(clip.root / clip.file)
         except MediaError as error:
             yield FaultyClip(None, clip.file, *_words(kinds[type(error)], clip.known, str(error)))
             continue
