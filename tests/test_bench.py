@@ -153,12 +153,14 @@ def test_a_plan_of_any_size_is_timed_to_its_end(tmp_path: Path) -> None:
 def test_a_build_is_timed_beside_its_floor_and_its_memory_is_told(media: str, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     console = Console(record=True, width=130)
-    result = build.benchmark_build(40, 0.5, 8000, media, 1, out, console)
+    result = build.benchmark_build(40, 0.5, 8000, media, 1, 2, out, console)
     assert json.loads(out.read_text()) == result
     assert result["clips"] == 40
     assert list(result["floors"]) == ["decode + encode", "decode + encode + mel"]
     for floor in result["floors"].values():
         assert floor["ratio"] == pytest.approx(result["ours"]["clips_a_second"] / floor["clips_a_second"])
+    assert result["ours"]["clips_a_second"] == pytest.approx(80 / sum(result["seconds_of_builds"]))
+    assert [len(seconds) for seconds in result["seconds_of_loops"].values()] == [3, 3]
     assert result["bytes_at_the_end"] is None or result["bytes_at_the_end"] > 2**20
     printed = console.export_text()
     assert f"40 clips of 0.5 s at 8,000 Hz ({media}), 1 processes" in printed

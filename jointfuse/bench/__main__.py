@@ -118,12 +118,13 @@ def build(
     rate: Annotated[int, typer.Option(min=8000, help="their sampling rate; 48000 is that of MELD")] = 48_000,
     media: Annotated[str, typer.Option(help="mp4, built as MELD, or wav, built from tables")] = "mp4",
     workers: Annotated[int | None, typer.Option(min=1, help="building processes; default: one a core")] = None,
+    builds: Annotated[int, typer.Option(min=1, help="of everything, the plain loop in between; their mean counts")] = 3,
     out: Annotated[Path | None, typer.Option(help="result file; build/bench/build-DEVICE.json unless set")] = None,
 ) -> None:
     """Building a corpus from sound files, beside decoding and encoding them in a plain loop; and its memory."""
     from jointfuse.bench.build import benchmark_build
 
-    benchmark_build(clips, clip_seconds, rate, media, workers, out, _console())
+    benchmark_build(clips, clip_seconds, rate, media, workers, builds, out, _console())
 
 
 def _console() -> Console:

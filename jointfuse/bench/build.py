@@ -4,7 +4,9 @@ Rates are given by the clock and, for machines with other things to do, by proce
 """
 
 import io
+import math
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -38,7 +40,14 @@ LOOPS = {"decode + encode": False, "decode + encode + mel": True}  # with the me
 
 
 def benchmark_build(
-    clips: int, clip_seconds: float, rate: int, media: str, workers: int | None, out: Path | None, console: Console
+    clips: int,
+    clip_seconds: float,
+    rate: int,
+    media: str,
+    workers: int | None,
+    builds: int,
+    out: Path | None,
+    console: Console,
 ) -> dict[str, Any]:
     """Measure, print a table, write the result file. See `python -m jointfuse.bench build --help`.
 
@@ -53,27 +62,18 @@ def benchmark_build(
         different = _write_clips(folder, clips, clip_seconds, rate, media)
         loops: dict[str, list[tuple[float, float]]] = {loop: [] for loop in LOOPS}
         _plain_all(different, loops)
-        with _watched(folder / "corpus" / "train") as looks:
-            started, used = time.perf_counter(), time.process_time()
-            info = build(MEDIA[media](folder), folder / "corpus", workers)
-            taken, used = time.perf_counter() - started, time.process_time() - used
-        _plain_all(different, loops)
-    assert info["splits"]["train"]["samples"] == clips
-    processor = used + looks[-1]["processor_seconds"] if looks else None
-    ours: dict[str, Any] = {
-        "clips_a_second": clips / taken,
-        "clips_a_processor_second": clips / processor if processor else None,
-    }
-    floors = {}
-    for loop, times in loops.items():
-        wall, busy = (len(different) * len(times) / sum(one) for one in zip(*times, strict=True))
-        floors[loop] = {
-            "clips_a_second": wall * workers,
-            "clips_a_processor_second": busy,
-            "ratio": ours["clips_a_second"] / (wall * workers),
-            "ratio_by_processor_time": ours["clips_a_processor_second"] / busy if processor else None,
-        }
-    tenth = next((look for look in looks if look["shards"] * 10 >= looks[-1]["shards"] > 0), None)
+        built = []
+        for _ in range(builds):
+            built.append(_build_apart(media, folder, workers))
+            _plain_all(different, loops)
+    assert all(one["samples"] == clips for one in built)
+    ours = _rates(clips, [one["times"] for one in built])
+    floors = {loop: _rates(len(different), times) for loop, times in loops.items()}
+    for floor in floors.values():
+        floor["clips_a_second"] *= workers
+        floor["ratio"] = ours["clips_a_second"] / floor["clips_a_second"]
+        busy = ours["clips_a_processor_second"]
+        floor["ratio_by_processor_time"] = busy and busy / floor["clips_a_processor_second"]
     figures = {
         "clips": clips,
         "clip_seconds": clip_seconds,
@@ -83,11 +83,44 @@ def benchmark_build(
         "load_average": os.getloadavg()[0],
         "ours": ours,
         "floors": floors,
-        "bytes_at_a_tenth": tenth and tenth["bytes"],
-        "bytes_at_the_end": max(look["bytes"] for look in looks[-5:]) if looks else None,
+        "seconds_of_builds": [one["times"][0] for one in built],
+        "seconds_of_loops": {loop: [seconds for seconds, _ in times] for loop, times in loops.items()},
+        "bytes_at_a_tenth": built[-1]["bytes_at_a_tenth"],
+        "bytes_at_the_end": built[-1]["bytes_at_the_end"],
     }
     console.print(_table(figures))
     return write_result("build", figures, out, console)
+
+
+def _rates(clips: int, times: list[tuple[float, float]]) -> dict[str, Any]:
+    """Of passes over so many clips, from the seconds and processor seconds (NaN: unknown) of each."""
+    seconds, busy = (sum(one) for one in zip(*times, strict=True))
+    by_processor = None if math.isnan(busy) else clips * len(times) / busy
+    return {"clips_a_second": clips * len(times) / seconds, "clips_a_processor_second": by_processor}
+
+
+def _build_apart(media: str, folder: Path, workers: int) -> dict[str, Any]:
+    """One build of everything, started in a fresh process as a user's is, with what it took."""
+    corpus = folder / "corpus"
+    with processes(1) as pool:
+        process = pool.submit(os.getpid).result()
+        with _watched(corpus / "train", process) as looks:
+            samples, seconds, used = pool.submit(_build, media, folder, corpus, workers).result()
+    shutil.rmtree(corpus)
+    tenth = next((look for look in looks if look["shards"] * 10 >= looks[-1]["shards"] > 0), None)
+    return {
+        "samples": samples,
+        "times": (seconds, used + (looks[-1]["processor_seconds"] if looks else math.nan)),
+        "bytes_at_a_tenth": tenth and tenth["bytes"],
+        "bytes_at_the_end": max(look["bytes"] for look in looks[-5:]) if looks else None,
+    }
+
+
+def _build(media: str, folder: Path, corpus: Path, workers: int) -> tuple[int, float, float]:
+    """Training samples, seconds and processor seconds of this process."""
+    started, used = time.perf_counter(), time.process_time()
+    info = build(MEDIA[media](folder), corpus, workers)
+    return info["splits"]["train"]["samples"], time.perf_counter() - started, time.process_time() - used
 
 
 def _write_clips(folder: Path, clips: int, clip_seconds: float, rate: int, media: str) -> list[Path]:
@@ -149,7 +182,7 @@ MEDIA = {"mp4": _meld, "wav": _table_of_files}
 
 
 def _plain_all(paths: list[Path], into: dict[str, list[tuple[float, float]]]) -> None:
-    with processes(1) as pool:  # not a copy as those that build are: what they are copies of starts with the build
+    with processes(1) as pool:
         pool.submit(_plain, paths[:10], True).result()  # the first call loads libraries
         for loop, with_mel in LOOPS.items():
             into[loop].append(pool.submit(_plain, paths, with_mel).result())
@@ -168,24 +201,24 @@ def _plain(paths: list[Path], with_mel: bool) -> tuple[float, float]:
 
 
 @contextmanager
-def _watched(folder: Path) -> Iterator[list[dict[str, Any]]]:
-    """Looks at this process and those it started, while inside: finished shards in `folder`, resident bytes of all,
+def _watched(folder: Path, process: int) -> Iterator[list[dict[str, Any]]]:
+    """Looks at a process and those it started, while inside: finished shards in `folder`, resident bytes of all,
     processor seconds of the started ones. Empty where there is no /proc."""
     looks: list[dict[str, Any]] = []
     spent: dict[int, float] = {}
-    before = set(_started())
     done = threading.Event()
 
     def look() -> None:
         while not done.wait(LOOK):
-            held = _resident(os.getpid())
-            for process in set(_started()) - before:
+            held = 0
+            for one in (process, *_started_by(process)):
                 with suppress(OSError, ValueError, IndexError):
-                    held += _resident(process)
-                    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-                    spent[process] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+                    held += _resident(one)
+                    fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+                    spent[one] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
             shards = len(list(folder.glob("shard-*.json")))
-            looks.append({"shards": shards, "bytes": held, "processor_seconds": sum(spent.values())})
+            busy = sum(seconds for one, seconds in spent.items() if one != process)
+            looks.append({"shards": shards, "bytes": held, "processor_seconds": busy})
 
     watcher = threading.Thread(target=look, daemon=True)
     if Path("/proc/self/stat").exists():
@@ -198,15 +231,15 @@ def _watched(folder: Path) -> Iterator[list[dict[str, Any]]]:
             watcher.join()
 
 
-def _started() -> list[int]:
-    """The processes below this one."""
+def _started_by(process: int) -> list[int]:
+    """The processes below it."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError, IndexError):
             parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    found = [os.getpid()]
-    for process in found:
-        found += [child for child, parent in parents.items() if parent == process]
+    found = [process]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
     return found[1:]
 
 
