@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from jointfuse.errors import UserError
+from jointfuse.files import parse_yaml, read_yaml
 
 Part = Literal[
     "text_encoder",  # the encoder whose hidden state enters the extractor
@@ -330,24 +331,11 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Con
                 f"there is no recipe '{recipe}'{_neighbour(recipe, recipe_names())}; "
                 f"recipes: {', '.join(recipe_names())}, or a path to a .yaml file"
             )
-    tree = read_yaml(path)
+    tree = read_yaml(path, "a recipe has the sections data, model, loss and train")
     tree.setdefault("recipe", path.stem)
     for override in overrides:
         _apply(tree, override)
     return validate(tree, str(path))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, safely loaded. Raises UserError if it is missing or is not a mapping."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections (data, model, loss, train), found {type(tree).__name__}")
-    return tree
 
 
 def validate(tree: dict[str, Any], origin: str) -> Config:
@@ -388,7 +376,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UserError(f"override '{override}': write section.key=value, for example train.lr=3e-5")
     try:
-        value = yaml.safe_load(text) if text else None
+        value = parse_yaml(text) if text else None
     except yaml.YAMLError as error:
         raise UserError(f"override '{override}': '{text}' is not a YAML value") from error
     *sections, last = key.split(".")

@@ -101,7 +101,7 @@ def test_a_wrong_setting_is_named(refused: Refused, recipe: Path, run: Path, ove
     ("content", "says"),
     [
         ("train: [1, 2", "not valid YAML"),
-        ("- 1\n- 2\n", "expected sections"),
+        ("- 1\n- 2\n", "a recipe has the sections"),
         ("model: {modality: both}\ntrain: {epochs: 1}\n", "model.text_encoder"),
         (yaml.safe_dump(RECIPE | {"loss": {"temprature": 1}}), "unknown setting 'loss.temprature', did you mean"),
     ],

@@ -29,7 +29,8 @@ from corpus_helpers import (
 from scipy.signal import resample_poly
 
 from jointfuse.data.build import CorpusSpec, build, dialogue_keys, locked
-from jointfuse.data.corpora.table import load_clip, read_clips, table_corpus
+from jointfuse.data.clips import load_clip, read_clips
+from jointfuse.data.corpora.table import table_corpus
 from jointfuse.data.media import mono
 from jointfuse.data.shards import Corpus
 from jointfuse.data.verify import verify

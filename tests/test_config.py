@@ -200,9 +200,9 @@ def test_an_unknown_recipe_is_refused_with_the_names_there_are() -> None:
     ("content", "expected"),
     [
         (b"train: [1, 2", "not valid YAML"),
-        (b"\xff\xfe\x00", "not valid YAML"),
-        (b"- train\n- model\n", "expected sections"),
-        (b"", "expected sections"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (b"- train\n- model\n", "holds list in place of named entries"),
+        (b"", "holds NoneType in place of named entries"),
         (b"!!python/object/apply:os.system ['true']", "not valid YAML"),
     ],
 )

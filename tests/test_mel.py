@@ -9,7 +9,7 @@ import torchaudio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jointfuse.data.corpora.table import load_clip
+from jointfuse.data.clips import load_clip
 from jointfuse.data.features import continued, log_mel
 from jointfuse.data.mel import MelSums, filters, to_pcm, window
 from jointfuse.data.shards import Corpus

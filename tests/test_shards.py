@@ -16,7 +16,7 @@ from corpus_helpers import REPOSITORY, hashes, small_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jointfuse.data.corpora.table import load_clip
+from jointfuse.data.clips import load_clip
 from jointfuse.data.shards import INDEX_DTYPE, Corpus, Utterance, _files, _plain_files, write_tar
 from jointfuse.errors import UserError
 

@@ -12,11 +12,12 @@ from rich.table import Table
 from jointfuse.bench.device import device_name, mebibytes, status
 from jointfuse.bench.result import write_result
 from jointfuse.config import DataSettings
-from jointfuse.data.index import FORMAT, INDEX_DTYPE, shard_name, write_json
+from jointfuse.data.index import FORMAT, INDEX_DTYPE, shard_name
 from jointfuse.data.plan import Plan
 from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.shards import Corpus
 from jointfuse.errors import UserError
+from jointfuse.files import write_json
 
 CHUNK = 10**6  # utterances of the index that are written at once
 

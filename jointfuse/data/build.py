@@ -21,19 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from jointfuse.data.index import (
-    FORMAT,
-    index_rows,
-    mel_statistics,
-    replacing,
-    shard_name,
-    split_record,
-    write_json,
-)
+from jointfuse.data.index import FORMAT, index_rows, mel_statistics, shard_name, split_record
 from jointfuse.data.mel import MelSums, to_pcm
 from jointfuse.data.parallel import cores, processes, progress
 from jointfuse.data.shards import Utterance, write_tar
 from jointfuse.errors import UserError
+from jointfuse.files import replacing, write_json
 
 NO_MEL = {"count": 0, "sum": 0.0, "squares": 0.0}
 BUILDER = 2  # raised whenever the same rows would give other bytes

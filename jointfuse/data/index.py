@@ -1,13 +1,9 @@
-"""What stands beside the tars: the index of a split, the mel statistics, and how such files are put in place."""
+"""What stands beside the tars: the index of a split, and the mel statistics."""
 
-import json
 import math
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -92,26 +88,6 @@ def mel_statistics(sidecars: Iterable[dict[str, Any]]) -> tuple[float, float]:
         return 0.0, 1.0
     mean = total / count
     return mean, math.sqrt(max(squares / count - mean**2, 0.0)) or 1.0
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under `path` only once it is whole and on disk; on an error nothing is left."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` as readable JSON, replacing `path` in one step."""
-    with replacing(path) as file:
-        file.write((json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 def shard_name(number: int) -> str:

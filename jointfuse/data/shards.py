@@ -28,9 +28,10 @@ import numpy as np
 import soundfile
 
 from jointfuse.data.cache import ShardCache
-from jointfuse.data.index import FORMAT, INDEX_DTYPE, replacing
+from jointfuse.data.index import FORMAT, INDEX_DTYPE
 from jointfuse.data.mel import SAMPLE_RATE, MelSums
 from jointfuse.errors import UserError
+from jointfuse.files import replacing
 
 OPEN_TARS = 64  # kept open by one Split in one process
 READ_ATTEMPTS, FIRST_WAIT = 4, 0.2  # seconds, doubled with each attempt

@@ -1,8 +1,6 @@
 """The shell and the pieces of the pages: one HTML file each, which needs no network, no server and no script."""
 
 import base64
-import os
-from collections.abc import Callable
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +9,7 @@ from string import Template
 from matplotlib.figure import Figure
 
 from jointfuse.evaluate.pictures import PALETTE, to_svg
+from jointfuse.files import write_text
 
 
 def card(heading: str, hint: str, content: str, long: bool = False) -> str:
@@ -40,20 +39,8 @@ def paragraph(text: str) -> str:
 def write_page(path: Path, title: str, parts: list[str]) -> Path:
     shell = Template(files("jointfuse.evaluate").joinpath("report.html").read_text(encoding="utf-8"))
     page = shell.substitute(title=escape(title), body="\n".join(parts))
-    replacing_file(path, lambda temporary: write_text(temporary, page))
+    write_text(path, page)
     return path
-
-
-def write_text(path: Path, text: str) -> None:
-    # Half of a surrogate pair gets into a transcript by way of JSON, and is not UTF-8.
-    path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-
-
-def replacing_file(path: Path, write: Callable[[Path], None]) -> None:
-    """A reader finds the old file or the whole new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    temporary.replace(path)
 
 
 def heard(flac: bytes | None) -> str:

@@ -17,6 +17,8 @@ from matplotlib.patches import Rectangle
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from jointfuse.files import replacing
+
 # Okabe and Ito's colours without the two that vanish on white or on black, then mid-tones that differ in lightness.
 PALETTE = [
     "#0072b2",
@@ -267,5 +269,5 @@ def to_svg(figure: Figure) -> str:
 
 def save_png(figure: Figure, path: Path) -> None:
     """The figure on white at 200 dots an inch, for papers and slides."""
-    with rc_context(STYLE):
-        figure.savefig(path, format="png", dpi=200, facecolor="white")
+    with rc_context(STYLE), replacing(path) as file:
+        figure.savefig(file, format="png", dpi=200, facecolor="white")

@@ -10,7 +10,7 @@ from urllib.parse import quote
 import numpy as np
 
 from jointfuse.evaluate.metrics import HEADLINES, Predictions
-from jointfuse.evaluate.page import card, heard, paragraph, picture, replacing_file, swatch, write_page, write_text
+from jointfuse.evaluate.page import card, heard, paragraph, picture, swatch, write_page
 from jointfuse.evaluate.pictures import (
     PALETTE,
     comparison_figure,
@@ -19,6 +19,7 @@ from jointfuse.evaluate.pictures import (
     feature_figure,
     save_png,
 )
+from jointfuse.files import write_text
 
 
 @dataclass
@@ -62,8 +63,8 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     confusion = confusion_figure(score, names)
     facts = json.dumps(score, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
-    replacing_file(folder / "metrics.json", lambda path: write_text(path, facts))
-    replacing_file(folder / "confusion.png", lambda path: save_png(confusion, path))
+    write_text(folder / "metrics.json", facts)
+    save_png(confusion, folder / "confusion.png")
     features = feature_figure(predictions.features, predictions.labels, names)
     many = len(names) > 8
     parts = [

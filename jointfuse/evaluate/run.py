@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from jointfuse.config import Config, read_yaml, validate
+from jointfuse.config import Config, validate
 from jointfuse.data.mixture import AnyCorpus, AnySplit, open_data
 from jointfuse.data.reader import UtteranceReader
 from jointfuse.errors import UserError
@@ -13,6 +13,7 @@ from jointfuse.evaluate.history import read_metrics
 from jointfuse.evaluate.metrics import Predictions, score
 from jointfuse.evaluate.predict import predict
 from jointfuse.evaluate.report import Hard, hardest, write_report
+from jointfuse.files import read_yaml
 from jointfuse.losses.gather import world_size
 from jointfuse.model.export import load_model
 
@@ -60,7 +61,9 @@ def _write(
 ) -> None:
     settings = run / "config.yaml"
     if settings.exists():
-        config = validate(read_yaml(settings), str(settings))
+        config = validate(
+            read_yaml(settings, "it is written when a training starts; copy it from the run again"), str(settings)
+        )
     write_report(
         run / f"eval-{split.name}",
         title=f"{config.recipe} · {_MODALITIES[config.model.modality]} · {corpus.name} {split.name}",

@@ -1,6 +1,5 @@
 """Text alone, audio alone and both: the same recipe three times, over several seeds, chosen on dev, scored on test."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from jointfuse.errors import UserError
 from jointfuse.evaluate.metrics import HEADLINES, summary_table
 from jointfuse.evaluate.report import write_comparison
 from jointfuse.evaluate.run import evaluate_run
+from jointfuse.files import write_json
 from jointfuse.interruption import STOPPED
 from jointfuse.launch import check_train, launch_training
 
@@ -76,7 +76,7 @@ def _report(
             | {"seeds": [run[key] for run in runs]}
             for key in HEADLINES
         }
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "results.json", results)
     page = write_comparison(
         out,
         {title: scores[name][0] for name, title in MODALITIES.items()},

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from jointfuse.config import Config, changed_keys, read_yaml, validate
+from jointfuse.config import Config, changed_keys, validate
 from jointfuse.data.mixture import AnyCorpus
 from jointfuse.errors import UserError
+from jointfuse.files import read_yaml, write_json, write_text
 from jointfuse.train.engine import Layout, layout, read_ds_config
 from jointfuse.train.resize import check_resize, load_resized
 from jointfuse.train.writer import Writer
@@ -64,15 +65,6 @@ class Position:
         return Layout(self.world_size, self.stage, self.precision, self.files)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 class Checkpoints:
     """The checkpoints that a run writes; every rank calls every method.
 
@@ -102,8 +94,8 @@ class Checkpoints:
         # DeepSpeed would write `latest` on rank 0 before the other ranks have finished.
         self.engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
         if self.first:
-            write_atomically(partial / "position.json", json.dumps(asdict(position), indent=2) + "\n")
-            write_atomically(partial / "config.yaml", self.config.to_yaml())
+            write_json(partial / "position.json", asdict(position))
+            write_text(partial / "config.yaml", self.config.to_yaml())
         self._begun = name
         if not self.config.train.save_async:
             self.finish()
@@ -123,7 +115,7 @@ class Checkpoints:
         if self.first:
             shutil.rmtree(self.folder / name, ignore_errors=True)  # of steps that a resumed run does again
             os.replace(self.folder / f".{name}.partial", self.folder / name)
-            write_atomically(self.folder / "latest", name + "\n")
+            write_text(self.folder / "latest", name + "\n")
             for old in sorted(self.folder.glob("step-*"))[: -self.config.train.keep_checkpoints]:
                 shutil.rmtree(old)
         dist.barrier()
@@ -152,7 +144,10 @@ def check_resumable(checkpoint: Path, config: Config, world_size: int, corpus: A
         UserError: the checkpoint was written under other settings or on another corpus, or it cannot be converted to
             the layout of this run.
     """
-    written = validate(read_yaml(checkpoint / "config.yaml"), str(checkpoint / "config.yaml"))
+    written = validate(
+        read_yaml(checkpoint / "config.yaml", "resume from another checkpoint of the run"),
+        str(checkpoint / "config.yaml"),
+    )
     changed = {key: values for key, values in changed_keys(written, config).items() if key not in FREE}
     if changed:
         key, (old, new) = next(iter(changed.items()))

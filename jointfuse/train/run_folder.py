@@ -23,7 +23,7 @@ import torch
 from jointfuse.config import Config
 from jointfuse.errors import UserError
 from jointfuse.evaluate.history import read_metrics
-from jointfuse.train.checkpoint import write_atomically
+from jointfuse.files import write_json, write_text
 
 SKIPPED, BROKEN, BATCHES = "skipped.jsonl", "broken.jsonl", "batches"
 RUNNING, FINISHED, STOPPED_EARLY = "running", "finished", "stopped"
@@ -53,14 +53,14 @@ def create_run_folder(run: Path, config: Config, world_size: int) -> None:
         "command": sys.argv,
         "packages": {name: version(name) for name in packages},
     }
-    write_atomically(run / "config.yaml", config.to_yaml())
-    write_atomically(run / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_text(run / "config.yaml", config.to_yaml())
+    write_json(run / "environment.json", environment)
     write_status(run, RUNNING)
 
 
 def write_status(run: Path, status: str) -> None:
     """What becomes of a run, for whoever started it; written by rank 0."""
-    write_atomically(run / "status", status + "\n")
+    write_text(run / "status", status + "\n")
 
 
 def read_status(run: Path) -> str:
@@ -87,7 +87,7 @@ class MetricsLog:
 
         self.path = run / "metrics.jsonl"
         kept = [row for row in read_metrics(run) if row["step"] <= step]
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         if not step:
             shutil.rmtree(run / "tensorboard", ignore_errors=True)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import soundfile
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from jointfuse.data.build import CorpusSpec, Fault, Row
-from jointfuse.data.corpora.table import UNKNOWN_SPEAKER, read_clips, read_table
+from jointfuse.data.clips import read_clips
+from jointfuse.data.corpora.table import UNKNOWN_SPEAKER, read_table
 from jointfuse.errors import UserError
+from jointfuse.files import read_yaml
 
 SHIPPED = ("emodb", "nemo", "ravdess")
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".au")
@@ -118,16 +119,8 @@ def read_description(path: str | Path) -> FileCorpus:
         UserError: no such file, no YAML, an unknown entry (its nearest neighbour is named) or a wrong one.
     """
     file = Path(__file__).with_name(f"{path}.yaml") if str(path) in SHIPPED else Path(path)
-    try:
-        # BaseLoader makes strings, lists and mappings only: 01 is not the number 1, and nothing is constructed.
-        tree = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{file}: {reason}; give a YAML file or one of {', '.join(SHIPPED)}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not YAML ({error}); mend it") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{file}: holds no entries; it needs at least pattern and labels")
+    way_out = f"give a YAML file with at least pattern and labels, or one of {', '.join(SHIPPED)}"
+    tree = read_yaml(file, way_out, strings=True)
     try:
         return FileCorpus.model_validate(tree)
     except ValidationError as error:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from jointfuse.data.build import CorpusSpec, Fault, Row
+from jointfuse.data.clips import read_clips
 from jointfuse.data.corpora.files import some, unusable
-from jointfuse.data.corpora.table import read_clips
 from jointfuse.errors import UserError
 
 LABELS = {

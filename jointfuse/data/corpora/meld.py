@@ -19,11 +19,11 @@ from jointfuse.data.build import CorpusSpec, Fault, FaultyClip, Row
 from jointfuse.data.corpora.table import csv_rows, seconds_of
 from jointfuse.data.corpora.text import LOST, repair
 from jointfuse.data.corpora.unpack import is_archive, unpack
-from jointfuse.data.index import replacing
 from jointfuse.data.media import EmptyAudio, MediaError, NoAudioTrack, Undecodable, read_audio
 from jointfuse.data.mel import SAMPLE_RATE
 from jointfuse.data.parallel import preload
 from jointfuse.errors import UserError
+from jointfuse.files import replacing
 
 LABELS = ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")
 # split -> utterances of each label, 9989, 1109 and 2610 in all
