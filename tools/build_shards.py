@@ -13,7 +13,7 @@ tools/build_shards.py files mine.yaml FOLDER --out corpora/mine # file names say
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -51,6 +51,9 @@ def table(
     end_column: str | None = None,
     allow_missing: Annotated[bool, typer.Option(help="blank text or audio cells are meant")] = False,
     dialogues_per_table: Annotated[bool, typer.Option(help="dialogue numbers start again in every split")] = False,
+    unlabelled: Annotated[
+        Literal["refuse", "context"], typer.Option(help="blank labels: context, heard before the turns behind them")
+    ] = "refuse",
     workers: Workers = None,
     samples_per_shard: PerShard = 500,
 ) -> None:
@@ -82,6 +85,7 @@ def table(
         description,
         allow_missing,
         dialogues_per_table,
+        unlabelled == "context",
     )
     _tell(build(spec, out, workers, samples_per_shard), out)
 
@@ -185,8 +189,11 @@ for shipped in ("ravdess", "nemo", "emodb"):
 def _tell(info: dict, out: Path) -> None:
     for split, content in info["splits"].items():
         hours = content["seconds"] / 3600
-        counts = f"{content['samples']} utterances, {content['dialogues']} dialogues, {hours:.2f} h"
+        unlabelled = f" ({content['unlabelled']} without a label)" if content.get("unlabelled") else ""
+        counts = f"{content['samples']} utterances{unlabelled}, {content['dialogues']} dialogues, {hours:.2f} h"
         print(f"{split}: {counts}, {len(content['shards'])} shard(s)")
+    if "train" not in info["splits"]:
+        print("no training split (`train`): models can be scored on this corpus, none trained")
     if info["faults"]:
         print(f"{len(info['faults'])} fault(s) in what it was made from, listed as `faults` in {out / 'corpus.json'}:")
         for fault in info["faults"][:FAULTS_SHOWN]:

@@ -39,10 +39,12 @@ def benchmark_data(
     """Measure, print a table, write the result file. See `python -m jointfuse.bench data --help`.
 
     Raises:
-        UserError: no corpus, one with too few utterances, or one in which some have no clip or no text.
+        UserError: no corpus, one with too few utterances, or one in which some have no clip, text or label.
     """
     torch.set_num_threads(1)
     opened = Corpus.open(corpus)
+    if opened.unlabelled:
+        raise UserError(f"{corpus}: has turns without a label, which the peer cannot read; take another corpus")
     split = opened.split("train")
     if len(split) < batch:
         raise UserError(f"--batch {batch}: {corpus} has {len(split)} utterances to train on")

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from jointfuse.data.index import FORMAT, index_rows, mel_statistics, shard_name, split_record
+from jointfuse.data.index import FORMAT, UNLABELLED, index_rows, mel_statistics, shard_name, split_record
 from jointfuse.data.mel import MelSums, to_pcm
 from jointfuse.data.parallel import cores, processes, progress
 from jointfuse.data.shards import Utterance, write_tar
@@ -35,12 +35,15 @@ SHARD_FILE = re.compile(r"shard-\d{6,}\.(tar|json)|\.(shard-\d{6,}\.(tar|json)|i
 
 @dataclass(frozen=True)
 class Row:
-    """One utterance to come. `start` and `end` are seconds in the dialogue's recording, or None."""
+    """One utterance to come. `start` and `end` are seconds in the dialogue's recording, or None.
+
+    One without a label (None) is heard before those behind it, and is in no way trained on or scored.
+    """
 
     dialogue: str
     turn: int
     speaker: str
-    label: int
+    label: int | None
     text: str
     clip: Any  # what the corpus's `render` needs to make the sound; None: no clip
     identity: str  # names the sound for the fingerprint, without paths of this machine
@@ -150,16 +153,19 @@ def check(spec: CorpusSpec) -> None:
     """Refuse rows that cannot become a corpus.
 
     Raises:
-        UserError: no training split, an empty split, fewer than two classes, a turn twice, a dialogue in two splits.
+        UserError: no split or an empty one, a split without a label, fewer than two classes to train on, a turn twice,
+            a dialogue in two splits.
     """
-    if "train" not in spec.splits:
-        raise UserError(f"{spec.name}: no training split (`train`); there is {', '.join(spec.splits) or 'none at all'}")
-    if len(spec.labels) < 2:
+    if not spec.splits:
+        raise UserError(f"{spec.name}: no split at all; give train, dev and test, or one of them")
+    if "train" in spec.splits and len(spec.labels) < 2:
         raise UserError(f"{spec.name}: only one class, {spec.labels[0]!r}; a classifier needs two or more")
     home: dict[str, tuple[str, str]] = {}
     for split, dialogues in spec.splits.items():
         if not dialogues:
             raise UserError(f"{spec.name}: split {split!r} has no utterances; leave it out or fill it")
+        if all(row.label is None for dialogue in dialogues for row in dialogue):
+            raise UserError(f"{spec.name}: no utterance of split {split!r} has a label; leave it out or label some")
         for dialogue in dialogues:
             first = dialogue[0]
             other, origin = home.setdefault(first.dialogue, (split, first.origin))
@@ -265,7 +271,8 @@ def _finished(job: _Job) -> bool:
 def _work(job: _Job) -> None:
     sidecar_path = job.path.with_suffix(".json")
     sidecar_path.unlink(missing_ok=True)  # a stale one must never stand beside a new tar
-    mel = MelSums() if job.with_mel and any(row.clip is not None for row in job.rows) else None
+    heard = any(row.clip is not None and row.label is not None for row in job.rows)
+    mel = MelSums() if job.with_mel and heard else None
     faults: list[dict[str, Any]] = []
     sidecar = write_tar(job.path, _utterances(job, faults), mel)
     sidecar["source"] = job.fingerprint
@@ -286,7 +293,7 @@ def _utterances(job: _Job, faults: list[dict[str, Any]]) -> Iterator[Utterance]:
             raise UserError(f"{row.origin}: the clip is empty or holds values that are not numbers; replace it")
         meta = {
             "label": row.label,
-            "emotion": job.labels[row.label],
+            "emotion": None if row.label is None else job.labels[row.label],
             "speaker": row.speaker,
             "dialogue": row.dialogue,
             "turn": row.turn,
@@ -295,7 +302,8 @@ def _utterances(job: _Job, faults: list[dict[str, Any]]) -> Iterator[Utterance]:
             **row.extra,
         }
         clip = None if waveform is None else to_pcm(waveform)
-        yield Utterance(key, row.text, clip, row.label, row.speaker, row.dialogue, row.turn, meta)
+        label = UNLABELLED if row.label is None else row.label
+        yield Utterance(key, row.text, clip, label, row.speaker, row.dialogue, row.turn, meta)
 
 
 def fault_record(split: str, key: str | None, fault: Fault | FaultyClip) -> dict[str, Any]:
@@ -339,7 +347,7 @@ def _run(jobs: list[_Job], workers: int, fresh_process: bool, title: str) -> Non
 
 def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[str, Any]:
     speakers = sorted({row.speaker for split in spec.splits.values() for dialogue in split for row in dialogue})
-    mean, deviation = 0.0, 1.0
+    mel = None
     splits = {}
     faults = [fault_record(fault.split, None, fault) for fault in spec.faults if fault.split not in spec.splits]
     for split, expected in jobs.items():
@@ -359,7 +367,7 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
             ]
         }
         if split == "train":
-            mean, deviation = mel_statistics(_sidecars(expected))
+            mel = dict(zip(("mean", "deviation"), mel_statistics(_sidecars(expected)), strict=True))
     info = {
         "format": FORMAT,
         "builder": BUILDER,
@@ -370,7 +378,7 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
         "synthetic": spec.synthetic,
         **({"speaker_independent": True} if spec.speaker_independent else {}),
         "labels": list(spec.labels),
-        "mel": {"mean": mean, "deviation": deviation},
+        "mel": mel,
         "splits": splits,
         "speakers": speakers,
         "faults": faults,

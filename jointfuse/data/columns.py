@@ -27,12 +27,7 @@ class Positions:
         index = self.split.index
         if not self.patch:
             rows = np.arange(len(self))[ids] if isinstance(ids, slice) else ids
-            characters = index["characters"][rows].astype(np.int64)
-            for turns in range(1, self.settings.context + 1):
-                before = np.maximum(rows - turns, 0)
-                same = (index["dialogue"][before] == index["dialogue"][rows]) & (rows >= turns)
-                characters += same * index["characters"][before]
-            return characters
+            return index["characters"][rows] + self.split.characters_before(rows, self.settings.context)
         heard = np.minimum(index["duration_ms"][ids], self.settings.max_seconds * 1000)
         frames = (heard > 0) + (heard * (FRAMES_PER_SECOND / 1000)).astype(np.int64)
         return -(-frames // self.patch[1]) * (MEL_BINS // self.patch[0])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 FORMAT = 2  # of the folder; a reader refuses any other
+UNLABELLED = 2**16 - 1  # as a label: heard before other utterances, never trained on or scored
 INDEX_DTYPE = np.dtype(
     [
         ("shard", "<u4"),
@@ -15,7 +16,7 @@ INDEX_DTYPE = np.dtype(
         ("size", "<u4"),  # bytes of all its members, headers and padding included
         ("duration_ms", "<u4"),  # 0: no clip
         ("characters", "<u4"),  # 0: no text
-        ("label", "<u2"),
+        ("label", "<u2"),  # UNLABELLED: none
         ("speaker", "<u4"),  # position in the corpus's list of speakers
         ("dialogue", "<u4"),  # running number within the split
         ("turn", "<u4"),
@@ -42,7 +43,7 @@ def index_rows(sidecars: Iterable[dict[str, Any]], speakers: Sequence[str]) -> n
                     sample["size"],
                     milliseconds,
                     sample["characters"],
-                    sample["label"],
+                    UNLABELLED if sample["label"] is None else sample["label"],
                     number_of[sample["speaker"]],
                     dialogue,
                     sample["turn"],
@@ -53,14 +54,20 @@ def index_rows(sidecars: Iterable[dict[str, Any]], speakers: Sequence[str]) -> n
 
 
 def split_record(samples: Iterable[dict[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
-    """What corpus.json says of a split besides its shards, from the samples of its sidecars."""
-    number, seconds, emotions = 0, 0.0, Counter[str]()
+    """What corpus.json says of a split besides its shards, from the samples of its sidecars.
+
+    `unlabelled` is there only where some samples are: they count everywhere but among the labels.
+    """
+    number, seconds, emotions, unlabelled = 0, 0.0, Counter[str](), 0
     lacking = {"text": 0, "clip": 0, "both": 0}
     dialogues, speakers = set(), set()
     for sample in samples:
         number += 1
         seconds += sample["duration"]
-        emotions[sample["emotion"]] += 1
+        if sample["label"] is None:
+            unlabelled += 1
+        else:
+            emotions[sample["emotion"]] += 1
         lacking["text"] += not sample["characters"]
         lacking["clip"] += not sample["duration"]
         lacking["both"] += not sample["characters"] and not sample["duration"]
@@ -72,6 +79,7 @@ def split_record(samples: Iterable[dict[str, Any]], labels: Sequence[str]) -> di
         "seconds": round(seconds, 3),
         "lacking": lacking,
         "label_counts": {label: emotions[label] for label in labels},
+        **({"unlabelled": unlabelled} if unlabelled else {}),
         "speakers": sorted(speakers),
     }
 

@@ -9,22 +9,26 @@ import numpy as np
 
 from jointfuse.config import DataSettings, MixSettings
 from jointfuse.data.cache import cache_of
-from jointfuse.data.shards import Corpus, Split, Utterance
+from jointfuse.data.index import UNLABELLED
+from jointfuse.data.shards import Corpus, Split, Utterance, mel_of_training
 from jointfuse.errors import UserError
-
-LEFT_OUT = np.iinfo(np.uint16).max  # as a label
 
 
 class Part(NamedTuple):
     """One corpus of a mixture."""
 
     corpus: Corpus
-    label_of: np.ndarray  # (its labels,) uint16: the mixture's number for each, or LEFT_OUT
+    label_of: np.ndarray  # (its labels,) uint16: the mixture's number for each, UNLABELLED where they are left out
     weight: float | None  # of its share of an epoch
+
+    def renamed(self, labels: np.ndarray) -> np.ndarray:
+        """(n,) -> (n,) uint16: labels of the corpus's index as the mixture has them."""
+        without = labels == UNLABELLED
+        return np.where(without, np.uint16(UNLABELLED), self.label_of[np.where(without, 0, labels)])
 
 
 class MixedSplit:
-    """The splits of one name of several corpora, one behind the other; the face of a `Split`.
+    """What is labelled in the splits of one name of several corpora, one behind the other; the face of a `Split`.
 
     Unlike a split's own index, this one is held in memory: 38 bytes an utterance.
 
@@ -36,8 +40,8 @@ class MixedSplit:
     def __init__(self, name: str, parts: Sequence[tuple[Split, Part]], labels: Sequence[str]) -> None:
         self.name, self.splits = name, [split for split, _ in parts]
         self.folder = " + ".join(str(split.folder) for split in self.splits)
-        self._label_of = [part.label_of for _, part in parts]
-        self._kept = [np.flatnonzero(of[split.index["label"]] != LEFT_OUT) for split, (_, of, _) in parts]
+        self._parts = [part for _, part in parts]
+        self._kept = [np.flatnonzero(part.renamed(split.index["label"]) != UNLABELLED) for split, part in parts]
         self._starts = np.cumsum([0, *map(len, self._kept)])
         self.index = np.concatenate(list(self._rows(parts)))
         self.shard_sizes: list[int] = np.bincount(
@@ -62,7 +66,7 @@ class MixedSplit:
         shard = speaker = dialogue = 0
         for kept, (split, part) in zip(self._kept, parts, strict=True):
             rows = split.index[kept]
-            rows["label"] = part.label_of[rows["label"]]
+            rows["label"] = part.renamed(rows["label"])
             for column, first in (("shard", shard), ("speaker", speaker), ("dialogue", dialogue)):
                 rows[column] += first
             shard, speaker = shard + len(split.shards), speaker + len(part.corpus.speakers)
@@ -84,12 +88,20 @@ class MixedSplit:
     def sample(self, i: int, audio: bool = True) -> Utterance:
         part, own = self._own(i)
         utterance = self.splits[part].sample(own, audio)
-        return replace(utterance, label=int(self._label_of[part][utterance.label]))
+        return replace(utterance, label=int(self._parts[part].label_of[utterance.label]))
 
     def turns_before(self, i: int, number: int) -> list[Utterance]:
-        """As `Split.turns_before`: those left out are heard before an utterance as well."""
+        """As `Split.turns_before`: those that are left out or have no label are heard as well."""
         part, own = self._own(i)
         return self.splits[part].turns_before(own, number)
+
+    def characters_before(self, ids: np.ndarray, number: int) -> np.ndarray:
+        characters = np.zeros(ids.shape, dtype=np.int64)
+        part_of = self.part_of(ids)
+        for part, (split, kept) in enumerate(zip(self.splits, self._kept, strict=True)):
+            here = part_of == part
+            characters[here] = split.characters_before(kept[ids[here] - self._starts[part]], number)
+        return characters
 
     def audio_bytes(self, i: int) -> bytes | None:
         part, own = self._own(i)
@@ -133,12 +145,12 @@ class Mixture:
                     f"{corpus.path}: its labels are {', '.join(corpus.labels)}; the model was trained on "
                     f"{', '.join(self.labels)}"
                 )
-            numbers = [LEFT_OUT if label is None else self.labels.index(label) for label in names]
+            numbers = [UNLABELLED if label is None else self.labels.index(label) for label in names]
             self.parts.append(Part(corpus, np.array(numbers, dtype=np.uint16), weight))
         self.path = " + ".join(str(corpus.path) for corpus, _ in corpora)
         self.name = " + ".join(corpus.name for corpus, _ in corpora)
         self.splits = list(dict.fromkeys(split for corpus, _ in corpora for split in corpus.splits))
-        self.mel_mean, self.mel_deviation = _pooled([corpus for corpus, _ in corpora])
+        self.mel = _pooled([corpus for corpus, _ in corpora])
         self._opened: dict[str, MixedSplit] = {}
         self.info: dict[str, Any] = {
             "name": self.name,
@@ -161,14 +173,24 @@ class Mixture:
                 raise UserError(f"{self.path}: no split {name!r}; there are {', '.join(self.splits)}")
             split = MixedSplit(name, parts, self.labels)
             if not len(split):
-                raise UserError(f"{split.folder}: data.labels leaves out every utterance")
+                raise UserError(f"{split.folder}: data.labels leaves out every utterance that has a label")
             self._opened[name] = split
         return self._opened[name]
 
+    @property
+    def mel_mean(self) -> float:
+        return mel_of_training(self)[0]
 
-def _pooled(corpora: Sequence[Corpus]) -> tuple[float, float]:
+    @property
+    def mel_deviation(self) -> float:
+        return mel_of_training(self)[1]
+
+
+def _pooled(corpora: Sequence[Corpus]) -> tuple[float, float] | None:
     """Mel mean and deviation over the training clips of all corpora, by their seconds."""
-    held = [(c.info["splits"]["train"]["seconds"], c) for c in corpora if "train" in c.splits]
+    held = [(_labelled_seconds(c), c) for c in corpora if c.mel is not None]
+    if len(held) < 2:
+        return held[0][1].mel if held else None
     seconds = sum(own for own, _ in held)
     if not seconds:
         return 0.0, 1.0
@@ -177,12 +199,21 @@ def _pooled(corpora: Sequence[Corpus]) -> tuple[float, float]:
     return mean, sqrt(max(square - mean**2, 0.0)) or 1.0
 
 
+def _labelled_seconds(corpus: Corpus) -> float:
+    """Of the training clips that the mel statistics are of."""
+    record = corpus.info["splits"]["train"]
+    if not record.get("unlabelled"):
+        return float(record["seconds"])
+    index = corpus.split("train").index
+    return float(index["duration_ms"][index["label"] != UNLABELLED].sum()) / 1000
+
+
 AnySplit = Split | MixedSplit
 AnyCorpus = Corpus | Mixture
 
 
 def open_data(settings: DataSettings, labels: Sequence[str] | None = None) -> AnyCorpus:
-    """What `data.corpus` or `data.mix` names, its labels named as `data.labels` says.
+    """What `data.corpus` or `data.mix` names, its labels named as `data.labels` says, without what has no label.
 
     Args:
         labels: of a trained model: the corpora are read under them, and need not have all of them.
@@ -202,15 +233,25 @@ def open_data(settings: DataSettings, labels: Sequence[str] | None = None) -> An
         unknown = [label for label in settings.labels if label not in known]
         if unknown:
             raise UserError(f"data.labels: no corpus has a label {unknown[0]!r}; there are {', '.join(known)}")
-    if not settings.mix and not settings.labels and labels in (None, corpora[0].labels):
-        return corpora[0]
+    alone = corpora[0]
+    if not settings.mix and not settings.labels and labels in (None, alone.labels) and not alone.unlabelled:
+        return alone
     weights = [one.weight for one in settings.mix] or [None]
     return Mixture(list(zip(corpora, weights, strict=True)), settings.labels, labels)
 
 
 def open_for_training(settings: DataSettings) -> AnyCorpus:
-    """What a recipe trains on. Raises UserError where none is named, what is named is none, or there is one class."""
+    """What a recipe trains on.
+
+    Raises:
+        UserError: none is named, what is named is none, or it has no training split or one class.
+    """
     corpus = open_data(settings)
+    if "train" not in corpus.splits:
+        raise UserError(
+            f"{corpus.path}: has no training split (`train`), only {', '.join(corpus.splits)}; train on another corpus "
+            "and score the model on this one with `jointfuse eval RUN --corpus`"
+        )
     if len(corpus.labels) < 2:
         raise UserError(f"{corpus.path}: its label set is {corpus.labels}; training needs two classes or more")
     return corpus

@@ -1,11 +1,12 @@
 """A corpus on disk: WebDataset tars with an index beside them. The format, the shard writer and the readers.
 
-    corpus.json              labels in order, splits, counts, mel mean and deviation, source, licence, faults of
-                             what it was made from
+    corpus.json              labels in order, splits, counts, mel mean and deviation (null without a training split),
+                             source, licence, faults of what it was made from
     train/shard-000000.tar   KEY.flac (16 kHz mono) · KEY.json · KEY.txt, sample after sample
     train/shard-000000.json  sidecar: byte span, duration, label, speaker, dialogue of every sample; the tar's SHA-256
     train/index.bin          the split as one memory-mapped array of INDEX_DTYPE
 
+A turn without a label (null) is heard before those behind it, and is in no way trained on or scored.
 A dialogue is contiguous, in turn order, and lies in one shard. Nothing read from a corpus is unpickled, and no name
 inside a tar is used as a path.
 """
@@ -22,13 +23,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import soundfile
 
 from jointfuse.data.cache import ShardCache
-from jointfuse.data.index import FORMAT, INDEX_DTYPE
+from jointfuse.data.index import FORMAT, INDEX_DTYPE, UNLABELLED
 from jointfuse.data.mel import SAMPLE_RATE, MelSums
 from jointfuse.errors import UserError
 from jointfuse.files import replacing
@@ -43,8 +44,8 @@ SIDECARS_KEPT = 8
 class Utterance:
     """One turn of a dialogue.
 
-    `waveform` is (S,) int16 at 16 kHz, or None without a clip; `text` is empty without a text;
-    `meta` is the sample's whole JSON member.
+    `waveform` is (S,) int16 at 16 kHz, or None without a clip; `text` is empty without a text; `label` is UNLABELLED
+    without a label; `meta` is the sample's whole JSON member.
     """
 
     key: str
@@ -97,7 +98,7 @@ def write_tar(path: Path, utterances: Iterable[Utterance], mel: MelSums | None =
     """Write one tar and return its sidecar: {"sha256", "bytes", "samples": [...]}.
 
     The bytes depend on the utterances alone: members are sorted, times, owners and modes fixed. `mel` is
-    given every clip.
+    given every clip of a labelled utterance.
     """
     samples = []
     with replacing(path) as file:
@@ -114,7 +115,7 @@ def write_tar(path: Path, utterances: Iterable[Utterance], mel: MelSums | None =
                 soundfile.write(flac, utterance.waveform, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
                 members["flac"] = flac.getvalue()
                 duration = len(utterance.waveform) / SAMPLE_RATE
-                if mel is not None:
+                if mel is not None and utterance.label != UNLABELLED:
                     mel.add(utterance.waveform)
             written = []
             for extension, content in sorted(members.items()):
@@ -128,7 +129,7 @@ def write_tar(path: Path, utterances: Iterable[Utterance], mel: MelSums | None =
                     "size": tar.bytes - offset,
                     "duration": duration,
                     "characters": len(utterance.text),
-                    "label": utterance.label,
+                    "label": None if utterance.label == UNLABELLED else utterance.label,
                     "emotion": utterance.meta["emotion"],
                     "speaker": utterance.speaker,
                     "dialogue": utterance.dialogue,
@@ -230,7 +231,7 @@ def parse_utterance(data: bytes, audio: bool = True) -> Utterance:
             key=key,
             text=members["txt"].decode(),
             waveform=None if clip is None else decode_flac(clip),
-            label=int(meta["label"]),
+            label=UNLABELLED if meta["label"] is None else int(meta["label"]),
             speaker=meta["speaker"],
             dialogue=meta["dialogue"],
             turn=int(meta["turn"]),
@@ -299,6 +300,15 @@ class Split:
         same = self.index["dialogue"][first:i] == self.index[i]["dialogue"]
         return [self.sample(turn, audio=False) for turn in range(i - int(same.sum()), i)]
 
+    def characters_before(self, ids: np.ndarray, number: int) -> np.ndarray:
+        """Ids of any shape -> int64 of that shape: the characters of the texts that `turns_before` gives."""
+        characters = np.zeros(ids.shape, dtype=np.int64)
+        for turns in range(1, number + 1):
+            before = np.maximum(ids - turns, 0)
+            same = (self.index["dialogue"][before] == self.index["dialogue"][ids]) & (ids >= turns)
+            characters += same * self.index["characters"][before]
+        return characters
+
     def audio_bytes(self, i: int) -> bytes | None:
         """Sample `i`'s clip as it is stored (FLAC), or None without a clip."""
         data = self.read(i)
@@ -366,6 +376,23 @@ class Split:
         return UserError(f"{place} cannot be read ({why}); `tools/verify_shards.py {self.corpus}` lists every damage")
 
 
+class Described(Protocol):
+    """A corpus, or several read as one."""
+
+    path: Any
+    mel: tuple[float, float] | None
+
+
+def mel_of_training(corpus: Described) -> tuple[float, float]:
+    """Mel mean and deviation of what is trained on. Raises UserError without a training split."""
+    if corpus.mel is None:
+        raise UserError(
+            f"{corpus.path}: without a training split there are no mel statistics; a model can be scored on this "
+            "corpus, with its own"
+        )
+    return corpus.mel
+
+
 class Corpus:
     """A finished corpus folder."""
 
@@ -374,9 +401,18 @@ class Corpus:
         self.name: str = info["name"]
         self.labels: list[str] = info["labels"]
         self.speakers: list[str] = info["speakers"]
-        self.mel_mean = float(info["mel"]["mean"])
-        self.mel_deviation = float(info["mel"]["deviation"])
         self.splits: list[str] = list(info["splits"])
+        self.unlabelled = any(split.get("unlabelled") for split in info["splits"].values())
+        mel = info["mel"]
+        self.mel = None if mel is None else (float(mel["mean"]), float(mel["deviation"]))  # of the training split
+
+    @property
+    def mel_mean(self) -> float:
+        return mel_of_training(self)[0]
+
+    @property
+    def mel_deviation(self) -> float:
+        return mel_of_training(self)[1]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], check_sizes: bool = True, cache: ShardCache | None = None) -> "Corpus":

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
+from jointfuse.data.index import UNLABELLED
 from jointfuse.data.shards import Corpus, Split
 
 COLOURS = ("#33658a", "#f26419", "#86bbd8", "#758e4f", "#9b5de5", "#2f4858")  # one a split, in order
@@ -24,6 +25,7 @@ class SplitStats:
 
     name: str
     labels: np.ndarray  # (labels,) utterances
+    unlabelled: int
     seconds: np.ndarray  # (clips,)
     turns: np.ndarray  # (dialogues,) utterances
     speakers: np.ndarray  # (speakers of the corpus,) utterances
@@ -32,6 +34,10 @@ class SplitStats:
 
     @property
     def samples(self) -> int:
+        return self.labelled + self.unlabelled
+
+    @property
+    def labelled(self) -> int:
         return int(self.labels.sum())
 
 
@@ -39,9 +45,11 @@ def split_stats(split: Split, labels: int, speakers: int) -> SplitStats:
     """Count one split; `labels` and `speakers` are the numbers there are in the corpus."""
     index = split.index
     seconds = index["duration_ms"] / 1000
+    labelled = index["label"] != UNLABELLED
     return SplitStats(
         name=split.name,
-        labels=np.bincount(index["label"], minlength=labels),
+        labels=np.bincount(index["label"][labelled], minlength=labels),
+        unlabelled=int((~labelled).sum()),
         seconds=seconds[seconds > 0],
         turns=np.bincount(index["dialogue"]),
         speakers=np.bincount(index["speaker"], minlength=speakers),
@@ -78,6 +86,7 @@ def _sizes(corpus: Corpus, stats: list[SplitStats]) -> Table:
         train = heard[corpus.splits.index("train")]
         table.add_row("  of them in train too", *(f"{int((speakers & train).sum()):,}" for speakers in heard))
     table.add_row("hours", *(f"{split.seconds.sum() / 3600:.2f}" for split in stats))
+    table.add_row("without a label", *(f"{split.unlabelled:,}" for split in stats))
     table.add_row("without a clip", *(f"{split.without_clip:,}" for split in stats))
     table.add_row("without a text", *(f"{split.without_text:,}" for split in stats))
     table.add_row("shards", *(f"{len(corpus.info['splits'][split.name]['shards']):,}" for split in stats))
@@ -87,8 +96,8 @@ def _sizes(corpus: Corpus, stats: list[SplitStats]) -> Table:
 def _classes(corpus: Corpus, stats: list[SplitStats]) -> Table:
     table = _table("classes", "label", stats)
     for number, label in enumerate(corpus.labels):
-        counts = [(int(split.labels[number]), split.samples) for split in stats]
-        table.add_row(label, *(f"{count:,}  {count / samples:6.1%}" for count, samples in counts))
+        counts = [(int(split.labels[number]), split.labelled) for split in stats]
+        table.add_row(label, *(f"{count:,}  {count / labelled:6.1%}" for count, labelled in counts))
     return table
 
 
@@ -133,13 +142,14 @@ def plot_classes(panel: Axes, labels: list[str], stats: list[SplitStats]) -> Non
     width = 0.84 / len(stats)
     for number, split in enumerate(stats):
         places = np.arange(len(labels)) + (number - (len(stats) - 1) / 2) * width
-        shares = 100 * split.labels / split.samples
+        shares = 100 * split.labels / split.labelled
         bars = panel.bar(places, shares, width, color=COLOURS[number % len(COLOURS)], label=split.name)
         if len(labels) * len(stats) <= 40:
             panel.bar_label(bars, [f"{count}" for count in split.labels], fontsize=6.5, padding=1, rotation=90)
     panel.set_xticks(range(len(labels)), labels, rotation=0 if len(labels) <= 8 else 60)
     panel.margins(y=0.14)
-    panel.set(title="Classes (bars: share of the split; numbers: utterances)", ylabel="% of utterances")
+    of_all = " with a label" if any(split.unlabelled for split in stats) else ""
+    panel.set(title="Classes (bars: share of the split; numbers: utterances)", ylabel=f"% of utterances{of_all}")
     panel.grid(axis="y", alpha=0.3)
 
 

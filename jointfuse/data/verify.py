@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jointfuse.data.index import INDEX_DTYPE, index_rows, mel_statistics, split_record
+from jointfuse.data.index import INDEX_DTYPE, UNLABELLED, index_rows, mel_statistics, split_record
 from jointfuse.data.mel import SAMPLE_RATE
 from jointfuse.data.observe import (
     DIGEST,
@@ -57,9 +57,9 @@ def verify(path: str | Path, workers: int | None = None) -> Report:
 
     Faults: size and SHA-256 of every tar against sidecar and corpus.json; samples that do not fill the tar without
     gaps; a clip that does not decode to 16 kHz mono of its recorded duration, a text to its length, a JSON to its
-    sidecar entry, with a known label and with numbers that are numbers; dialogues that are not contiguous, in turn
-    order, in one shard and one split; an index.bin, counts, speakers and mel statistics that do not follow from the
-    sidecars; a stray shard; speakers in two splits of a corpus that says it is speaker-independent.
+    sidecar entry, with a known label or none and with numbers that are numbers; dialogues that are not contiguous, in
+    turn order, in one shard and one split; an index.bin, counts, speakers and mel statistics that do not follow from
+    the sidecars; a stray shard; speakers in two splits of a corpus that says it is speaker-independent.
 
     Observations: silent and clipped clips, times that run backwards, the same clip twice, speakers across splits.
 
@@ -178,12 +178,14 @@ def _check_sample(data: bytes, entry: dict[str, Any], labels: list[str]) -> tupl
 
 def _compare(utterance: Utterance, entry: dict[str, Any], labels: list[str]) -> Iterator[str]:
     duration = 0.0 if utterance.waveform is None else len(utterance.waveform) / SAMPLE_RATE
+    label = None if utterance.label == UNLABELLED else utterance.label
+    emotion = utterance.meta.get("emotion")
     read = {
         "key": utterance.key,
         "duration": duration,
         "characters": len(utterance.text),
-        "label": utterance.label,
-        "emotion": utterance.meta.get("emotion"),
+        "label": label,
+        "emotion": emotion,
         "speaker": utterance.speaker,
         "dialogue": utterance.dialogue,
         "turn": utterance.turn,
@@ -191,8 +193,11 @@ def _compare(utterance: Utterance, entry: dict[str, Any], labels: list[str]) -> 
     for name, value in read.items():
         if value != entry[name]:
             yield f"{name} is {value!r}, the sidecar says {entry[name]!r}"
-    if not 0 <= utterance.label < len(labels) or labels[utterance.label] != utterance.meta.get("emotion"):
-        yield f"label {utterance.label} ({utterance.meta.get('emotion')!r}) is not in the corpus's list"
+    if label is None:
+        if emotion is not None:
+            yield f"emotion is {emotion!r}, though there is no label"
+    elif not 0 <= label < len(labels) or labels[label] != emotion:
+        yield f"label {label} ({emotion!r}) is not in the corpus's list"
     yield from not_numbers(utterance.meta)
 
 
@@ -210,7 +215,8 @@ def _check_split(corpus: Corpus, name: str) -> Iterator[str]:
     try:
         samples = (sample for sidecar in sidecars() for sample in sidecar["samples"])
         yield from _check_record(corpus, name, samples)
-        if name == "train" and not np.allclose(mel_statistics(sidecars()), (corpus.mel_mean, corpus.mel_deviation)):
+        mel = corpus.mel or (np.nan, np.nan)
+        if name == "train" and not np.allclose(mel_statistics(sidecars()), mel):
             yield f"{corpus.path / 'corpus.json'}: mel mean and deviation do not follow from the sidecars"
         index = index_rows(sidecars(), corpus.speakers).tobytes()
     except UserError:
@@ -237,10 +243,11 @@ def _first_difference(one: bytes, other: bytes) -> int:
 
 def _check_record(corpus: Corpus, split: str, samples: Iterable[dict[str, Any]]) -> Iterator[str]:
     """The numbers of one split in corpus.json."""
-    info = corpus.info["splits"][split]
-    for name, value in split_record(samples, corpus.labels).items():
-        if info[name] != value:
-            said, found = (json.dumps(one, ensure_ascii=False)[:80] for one in (info[name], value))
+    record = split_record(samples, corpus.labels)
+    recorded, counted = ({"unlabelled": 0} | one for one in (corpus.info["splits"][split], record))
+    for name, value in counted.items():
+        if recorded[name] != value:
+            said, found = (json.dumps(one, ensure_ascii=False)[:80] for one in (recorded[name], value))
             yield f"{corpus.path / 'corpus.json'}: {name} of {split} is {said}, the sidecars say {found}"
 
 

@@ -44,7 +44,7 @@ def write_corpus_page(corpus: Corpus, path: Path) -> Path:
         _heading(corpus),
         _headlines(corpus, stats),
         card("Splits", "Lengths are of utterances with a clip, words of those with a text.", _splits(stats, words)),
-        card("Classes", "Utterances of each class, and their share of the split.", _classes(corpus, stats)),
+        card("Classes", _shares_of(corpus), _classes(corpus, stats)),
         card(
             "Distributions",
             "In percent of each split, so that splits of any size compare.",
@@ -79,7 +79,7 @@ def _headlines(corpus: Corpus, stats: list[SplitStats]) -> str:
         ("Utterances", f"{sum(split.samples for split in stats):,}", f"{len(corpus.labels)} classes"),
         ("Dialogues", f"{sum(len(split.turns) for split in stats):,}", f"{len(stats)} splits"),
         ("Speakers", f"{len(corpus.speakers):,}", _some(corpus.speakers)),
-        ("Hours", f"{hours:,.2f}", f"log-mel {corpus.mel_mean:.2f} ± {corpus.mel_deviation:.2f} (train)"),
+        ("Hours", f"{hours:,.2f}", "log-mel {:.2f} ± {:.2f} (train)".format(*corpus.mel) if corpus.mel else ""),
     )
     cards = (
         f'<div class="card"><div class="label">{label}</div><div class="value">{value}</div>'
@@ -107,6 +107,7 @@ def _splits(stats: list[SplitStats], words: list[np.ndarray]) -> str:
         "Seconds, median and longest": [_spread(split.seconds, ".1f") for split in stats],
         "Words, median and most": [_spread(counts, ".0f") for counts in words],
         "Turns, median and most": [_spread(split.turns, ".0f") for split in stats],
+        "Without a label": [f"{split.unlabelled:,}" for split in stats],
         "Without a clip": [f"{split.without_clip:,}" for split in stats],
         "Without a text": [f"{split.without_text:,}" for split in stats],
     }
@@ -117,10 +118,15 @@ def _spread(values: np.ndarray, form: str) -> str:
     return f"{np.median(values):{form}}, {values.max():{form}}" if len(values) else "none"
 
 
+def _shares_of(corpus: Corpus) -> str:
+    labelled = " that has a label; the rest is heard before other utterances" if corpus.unlabelled else ""
+    return f"Utterances of each class, and their share of what is in the split{labelled}."
+
+
 def _classes(corpus: Corpus, stats: list[SplitStats]) -> str:
     rows = []
     for number, label in enumerate(corpus.labels):
-        cells = [f"{split.labels[number]:,} · {split.labels[number] / split.samples:.1%}" for split in stats]
+        cells = [f"{split.labels[number]:,} · {split.labels[number] / split.labelled:.1%}" for split in stats]
         rows.append([swatch(number) + escape(label), *cells])
     return _table(["Class", *(split.name for split in stats)], rows, escaped=True)
 

@@ -216,7 +216,7 @@ class _Table:
 
     def counts(self) -> Counter[str]:
         """Utterances by label."""
-        return Counter(LABELS[row.label] for row in self.rows.values())
+        return Counter(LABELS[row.label] for row in self.rows.values() if row.label is not None)
 
     def dialogues(self) -> list[list[Row]]:
         """The rows by dialogue, in the table's order."""

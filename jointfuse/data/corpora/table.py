@@ -52,15 +52,17 @@ def table_corpus(
     description: str = "",
     allow_missing: bool = False,
     dialogues_per_table: bool = False,
+    unlabelled: bool = False,
 ) -> CorpusSpec:
     """Read tables into a corpus to build.
 
     Args:
         tables: (split, path) pairs; split None takes each row's split from the table's split column.
         columns: column name by role (the keys of ALIASES); a role left out is found by its aliases.
-        labels: the classes in order; default: those of the training split, sorted.
+        labels: the classes in order; default: those of the training split, or of all where there is none, sorted.
         allow_missing: take blank text and audio cells (or columns) for utterances without that modality.
         dialogues_per_table: dialogue numbers start again in every split, so equal numbers are different dialogues.
+        unlabelled: take rows with a blank label for turns that are heard before others, and no more.
 
     Raises:
         UserError: with table, row and way out, for anything that is not as it should be. Nothing has been written.
@@ -69,10 +71,10 @@ def table_corpus(
     for split, path in tables:
         lines.extend(_read(path, split, columns or {}, allow_missing))
     if labels is None:
-        labels = sorted({line.cells["label"] for line in lines if line.split == "train"} - {""})
+        train = [line for line in lines if line.split == "train"]
+        labels = sorted({line.cells["label"] for line in train or lines} - {""})
         if not labels:
-            found = ", ".join(sorted({line.split for line in lines})) or "no row at all"
-            raise UserError(f"{tables[0][1]}: no training split (`train`) with labels; there is {found}")
+            raise UserError(f"{tables[0][1]}: no {'training ' if train else ''}row has a label; label some")
     elif len(set(labels)) != len(labels) or "" in labels:
         raise UserError("--labels: a label is blank or given twice; list each class once")
     splits: dict[str, dict[str, list[Row]]] = {}
@@ -86,7 +88,7 @@ def table_corpus(
         elif dialogues_per_table:
             dialogue = f"{line.split}_{dialogue}"
         rows = dialogues.setdefault(dialogue, [])
-        rows.append(_row(line, dialogue, len(rows), labels, allow_missing))
+        rows.append(_row(line, dialogue, len(rows), labels, allow_missing, unlabelled))
     return CorpusSpec(
         name=name,
         labels=list(labels),
@@ -211,10 +213,14 @@ def _no_column(path: Path, role: str, sought: str, names: list[str]) -> UserErro
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def _row(line: _Line, dialogue: str, position: int, labels: Sequence[str], allow_missing: bool) -> Row:
+def _row(
+    line: _Line, dialogue: str, position: int, labels: Sequence[str], allow_missing: bool, unlabelled: bool
+) -> Row:
     cells, origin = line.cells, line.origin
     label = cells["label"]
-    if label not in labels:
+    if not label and not unlabelled:
+        raise UserError(f"{origin}: the label cell is blank; fill it, or give --unlabelled context: heard, no more")
+    if label and label not in labels:
         near = difflib.get_close_matches(label, labels, 1, 0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(labels)}"
         raise UserError(f"{origin}: unknown label {label!r}; {hint} (--labels sets the list)")
@@ -230,7 +236,7 @@ def _row(line: _Line, dialogue: str, position: int, labels: Sequence[str], allow
         dialogue=dialogue,
         turn=_turn(cells["turn"], origin) if "turn" in cells else position,
         speaker=cells.get("speaker") or UNKNOWN_SPEAKER,
-        label=labels.index(label),
+        label=labels.index(label) if label else None,
         text=text,
         clip=path,
         identity=f"{audio} {_clip_bytes(path, origin)}" if path else "",
