@@ -12,6 +12,7 @@ from release_fixtures import make_iemocap, train_each
 from jointfuse.data.build import build
 from jointfuse.data.corpora.iemocap import LABELS, VIEWS, iemocap_corpus, read_release
 from jointfuse.data.corpora.iemocap_counts import PUBLISHED, TABULATED, check_counts, describe_counts
+from jointfuse.data.index import UNLABELLED
 from jointfuse.data.shards import Corpus
 from jointfuse.data.verify import verify
 from jointfuse.errors import UserError
@@ -82,16 +83,17 @@ def test_turns_are_in_the_order_they_are_spoken_and_their_speaker_is_the_letter_
     assert women == {"Ses02F", "Ses02M"}
 
 
-def test_a_view_joins_or_leaves_out_labels_and_keeps_the_numbers_of_turns(release: Path) -> None:
+def test_a_view_joins_labels_or_takes_them_away_and_keeps_every_turn(release: Path) -> None:
     read = read_release(release)
     sizes = {}
     for view in VIEWS:
         spec = iemocap_corpus(read, "x", view)
         rows = [row for split in spec.splits.values() for dialogue in split for row in dialogue]
-        sizes[view] = len(rows)
+        sizes[view] = sum(row.label is not None for row in rows)
+        assert len(rows) == 83
         number = {turn.name: turn.number for turn in read.turns}
         assert all(row.turn == number[Path(row.clip).stem] for row in rows)
-        counts = Counter(spec.labels[row.label] for row in rows)
+        counts = Counter(spec.labels[row.label] for row in rows if row.label is not None)
         for label in spec.labels:
             assert counts[label] == sum(COUNTS.get(code, 0) for code, name in VIEWS[view].items() if name == label)
     assert sizes == {"six": 73, "four": 64, "all": 83}
@@ -137,9 +139,12 @@ def test_every_planted_fault_is_named_and_treated_and_the_corpus_is_sound(built:
         split: [corpus.split(split).sample(i) for i in range(len(corpus.split(split)))] for split in corpus.splits
     }
     every = [sample for content in samples.values() for sample in content]
-    assert len(every) == 83 - 4
+    assert len(every) == 83 - 1
     assert 1 not in [sample.turn for sample in every if sample.dialogue == "Ses01F_impro01"]
-    assert all(sample.waveform is not None and sample.text for sample in every)
+    silent = [sample for sample in every if sample.waveform is None]
+    assert [sample.turn for sample in silent] == [0, 2, 4], "they are heard by their text, by the turns behind them"
+    assert {(sample.dialogue, sample.label) for sample in silent} == {("Ses03F_impro01", UNLABELLED)}
+    assert all(sample.text for sample in every)
     assert [every[0].meta[name] for name in ("valence", "arousal", "dominance")] == [2.5, 3.0, 3.5]
     homes = {sample.dialogue: split for split, content in samples.items() for sample in content}
     for fault in corpus.info["faults"]:
@@ -166,14 +171,18 @@ def test_the_command_counts_a_whole_release_and_says_where_the_two_figures_diffe
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make_iemocap(tmp_path, PUBLISHED, each=67, clips=1)
-    status, said, err = run_tool("build_shards", "iemocap", root, "--out", tmp_path / "out", capsys=capsys)
+    command = ("build_shards", "iemocap", root, "--out", tmp_path / "out", "--partial")
+    status, said, err = run_tool(*command, capsys=capsys)
     assert status == 0, err
     assert "label files: 10039 turns in 150 dialogues: happy 595, sad 1084" in said
     assert "four classes, excited joined into happy: 5531, published 5531" in said
     assert "six classes: 7380; the literature has 7380 (majority labels) and 7433" in said
-    assert "left out of the view 'six': 2659 turns (undecided 2507, surprised 107" in said
-    assert "0 turns without a transcript, 9889 without a usable clip" in said
-    assert len(Corpus.open(tmp_path / "out").info["faults"]) == 9889
+    assert "not of the view 'six', kept without a label as context of the others: 2659 turns (undecided 2507" in said
+    assert "without a usable clip, kept without a label as context: 9889 turns" in said
+    assert "left out: 0 turns without a transcript" in said
+    corpus = Corpus.open(tmp_path / "out")
+    assert len(corpus.info["faults"]) == 9889 + 5, "and a line for the clips of each session"
+    assert sum(len(corpus.split(split)) for split in corpus.splits) == 10_039
 
 
 def test_the_turns_that_could_make_the_larger_figure_are_counted_from_the_evaluators_votes(copy: Path) -> None:
@@ -251,9 +260,7 @@ def test_what_is_no_release_is_said_in_one_line(copy: Path, capsys: pytest.Captu
     assert "unpack the archive and give the folder" in refused(copy / LABEL_FILE)
     shutil.move(copy / LABEL_FILE, copy / "Session1" / "dialog" / "EmoEvaluation" / "Ses02F_impro01.txt")
     assert "no dialogue of session 1; the sessions are mixed up" in refused(copy)
-    shutil.rmtree(copy / "Session3")
-    assert "no folder Session3/dialog/EmoEvaluation; give IEMOCAP_full_release, unpacked" in refused(copy.parent)
-    assert "no folder Session1" in refused(copy / "Session1")
+    assert "no folder Session1 to Session5; give IEMOCAP_full_release, unpacked" in refused(copy / "Session1")
 
 
 def test_labels_are_named_once_each() -> None:

@@ -11,6 +11,7 @@ import yaml
 from corpus_helpers import build_here, make_tables, run_tool, split_options, write_clip, write_table
 from distributed import run_ranks
 from helpers import planned_epoch, reader_of
+from release_fixtures import make_iemocap
 from rich.console import Console
 from test_report import Page
 from training_fixtures import RECIPE, train
@@ -19,6 +20,7 @@ from jointfuse.bench.data import benchmark_data
 from jointfuse.capacity.corpus import corpus_of
 from jointfuse.config import DataSettings, load_config
 from jointfuse.data.columns import Weights
+from jointfuse.data.corpora.iemocap import VIEWS, iemocap_corpus, read_release
 from jointfuse.data.corpora.table import table_corpus
 from jointfuse.data.dialogues import DialogueReader
 from jointfuse.data.index import UNLABELLED, mel_statistics
@@ -292,3 +294,50 @@ def test_statistics_and_the_page_count_them_apart_and_shares_are_of_the_labelled
     page = Page(write_corpus_page(unlabelled, tmp_path / "page.html").read_text(encoding="utf-8"))
     for expected in (f"7 · {7 / 14:.1%}", "Without a label", "share of what is in the split that has a label"):
         assert expected in page.text
+
+
+# ------------------------------------------------------------------------------------------------------------- IEMOCAP
+
+COUNTS = {"hap": 9, "sad": 9, "neu": 12, "ang": 9, "exc": 8, "fru": 6, "sur": 3, "xxx": 14}
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Corpus]:
+    """A corpus of each view, all of one release."""
+    folder = tmp_path_factory.mktemp("iemocap")
+    release = read_release(make_iemocap(folder, COUNTS))
+    for view in VIEWS:
+        build_here(iemocap_corpus(release, view, view), folder / view)
+    return {view: Corpus.open(folder / view) for view in VIEWS}
+
+
+@pytest.mark.parametrize("view", ["six", "four"])
+def test_the_context_of_iemocap_is_the_turns_before_whatever_their_labels(view: str, views: dict[str, Corpus]) -> None:
+    whole = views["all"].split("train")
+    spoken = {whole.key(id): [turn.text for turn in whole.turns_before(id, 3)] for id in range(len(whole))}
+    split = read(views[view]).split("train")
+    for id in range(len(split)):
+        before = split.turns_before(id, 3)
+        assert [turn.text for turn in before] == spoken[split.key(id)]
+        assert len(before) == min(3, split.sample(id, audio=False).turn)
+    assert any(turn.meta["label"] is None for id in range(len(split)) for turn in split.turns_before(id, 3))
+
+
+@pytest.mark.parametrize("view", ["six", "four"])
+def test_a_view_of_iemocap_is_all_labels_renamed_and_left_out_by_data_labels(
+    view: str, views: dict[str, Corpus]
+) -> None:
+    classes = VIEWS[view]
+    renamed = {name: classes.get(code) for code, name in VIEWS["all"].items() if name != classes.get(code)}
+    settings = DataSettings.model_validate({"corpus": str(views["all"].path), "labels": renamed})
+    one, other = read(views[view]), open_data(settings, views[view].labels)
+    wanted = sum(COUNTS.get(code, 0) for code in classes)
+    assert sum(len(one.split(name)) for name in SPLITS) == wanted
+    for name in SPLITS:
+        assert one.split(name).info["label_counts"] == other.split(name).info["label_counts"]
+        epochs = []
+        for corpus in (one, other):
+            reader = reader_of(corpus, "audio", split=name)
+            ids, _ = planned_epoch(Plan(reader.positions((16, 16)), 4, 0, reader.split.shard_sizes), 0)
+            epochs.append([reader.split.key(id) for id in ids.ravel().tolist()])
+        assert epochs[0] == epochs[1]

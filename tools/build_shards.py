@@ -12,6 +12,7 @@ tools/build_shards.py files mine.yaml FOLDER --out corpora/mine # file names say
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,6 +26,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Build a corp
 
 Out = Annotated[Path, typer.Option(help="folder of the new corpus")]
 Workers = Annotated[int | None, typer.Option(help="processes; default: one a core")]
+Partial = Annotated[bool, typer.Option("--partial", help="build what is there, and list what is not")]
 PerShard = Annotated[int, typer.Option(help="samples a shard, at most, unless one dialogue is longer")]
 
 
@@ -133,6 +135,8 @@ def iemocap(
     view: Annotated[str, typer.Option(help="six, four (excited joined into happy) or all labels")] = "six",
     test_session: Annotated[int, typer.Option(help="the session left out of training")] = 5,
     dev: Annotated[float, typer.Option(help="a share of the other sessions' dialogues, or one of their numbers")] = 0.1,
+    text_only: Annotated[bool, typer.Option("--text-only", help="without the clips, which need not be there")] = False,
+    partial: Partial = False,
     name: Annotated[str | None, typer.Option(help="default: the folder's name")] = None,
     workers: Workers = None,
     samples_per_shard: PerShard = 500,
@@ -140,11 +144,14 @@ def iemocap(
     """IEMOCAP from its release: five sessions, one of them the test split."""
     from jointfuse.data.build import build
     from jointfuse.data.corpora.iemocap import iemocap_corpus, read_release
-    from jointfuse.data.corpora.iemocap_counts import check_counts, describe_counts
+    from jointfuse.data.corpora.iemocap_counts import check_counts, count_faults, describe_counts
 
-    release = read_release(raw)
+    release = read_release(raw, text_only, partial)
     spec = iemocap_corpus(release, name or out.resolve().name, view, test_session, dev)
-    check_counts(release)
+    if partial:
+        spec = replace(spec, faults=[*count_faults(release), *spec.faults])
+    else:
+        check_counts(release)
     for line in describe_counts(release, view):
         print(line)
     _tell(build(spec, out, workers, samples_per_shard), out)

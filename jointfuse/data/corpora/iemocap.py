@@ -10,7 +10,7 @@ The letter in a dialogue's name says who wears the markers; the one at the end o
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,15 @@ LABELS = {
     "oth": "other",
     "xxx": "undecided",  # no majority among the evaluators
 }
-# View -> code of the label files -> class; codes that are not named are left out. Classes in order of appearance.
+# View -> code of the label files -> class; turns of other codes have no label. Classes in order of appearance.
 VIEWS: dict[str, dict[str, str]] = {
     "six": {code: LABELS[code] for code in ("hap", "sad", "neu", "ang", "exc", "fru")},
     "four": {"ang": "angry", "hap": "happy", "exc": "happy", "sad": "sad", "neu": "neutral"},
     "all": LABELS,
 }
 SESSIONS = (1, 2, 3, 4, 5)
+MOST_MISSING = 0.2  # of a session's transcripts or clips; beyond it, the copy is not whole rather than faulty
+LEFT_OUT, HEARD = "left out", "kept as context, without a label"
 
 NUMBER = r"(-?\d+(?:\.\d+)?)"
 SUMMARY = re.compile(rf"\[{NUMBER} - {NUMBER}\]\t(\w+)\t(\w+)\t\[{NUMBER}, {NUMBER}, {NUMBER}\]")
@@ -72,11 +74,17 @@ class Turn:
 
 @dataclass
 class Release:
-    """All turns of a release, by dialogue and in order, and what was found amiss on the way."""
+    """All turns of a release, by dialogue and in order, and what was found amiss on the way.
+
+    `missing` is of whole parts, such as a session; a release that is to be whole has none.
+    """
 
     path: Path
-    turns: list[Turn]
+    text_only: bool = False
+    partial: bool = False
+    turns: list[Turn] = field(default_factory=list)
     faults: list[tuple[str, Fault]] = field(default_factory=list)  # with their dialogue, or ""; splits come later
+    missing: list[Fault] = field(default_factory=list)
 
     def count(self, codes: Mapping[str, Any]) -> int:
         return sum(turn.code in codes for turn in self.turns)
@@ -86,26 +94,33 @@ class Release:
         return Counter(turn.code for turn in self.turns)
 
 
-def read_release(raw: str | Path) -> Release:
+def read_release(raw: str | Path, text_only: bool = False, partial: bool = False) -> Release:
     """Read the label files and transcripts of IEMOCAP_full_release, or of the folder it lies in, and find the clips.
 
+    Args:
+        text_only: without the clips, which need not be there.
+        partial: take what is there; whole parts that are not are named.
+
     Raises:
-        UserError: it is no such folder, a session is missing, or a label file is not of the known form.
+        UserError: it is no such folder, a part is missing, or a label file is not of the known form.
     """
     path = Path(raw)
     if path.is_file():
         raise UserError(f"{path}: a file; unpack the archive and give the folder IEMOCAP_full_release")
     if (path / "IEMOCAP_full_release").is_dir():
         path = path / "IEMOCAP_full_release"
-    for session in SESSIONS:
-        if not (path / f"Session{session}" / "dialog" / "EmoEvaluation").is_dir():
-            raise UserError(
-                f"{path}: no folder Session{session}/dialog/EmoEvaluation; "
-                "give IEMOCAP_full_release, unpacked, with Session1 to Session5"
-            )
-    release = Release(path, [])
+    if not any((path / f"Session{session}").is_dir() for session in SESSIONS):
+        raise UserError(f"{path}: no folder Session1 to Session5; give IEMOCAP_full_release, unpacked")
+    release = Release(path, text_only, partial)
     for session in SESSIONS:
         _read_session(release, session)
+    if release.missing and not partial:
+        parts = "; ".join(f"{fault.file}: {fault.fault}" for fault in release.missing)
+        without_clips = all(fault.file.endswith("wav") for fault in release.missing)
+        raise UserError(
+            f"{path}: not whole ({parts}); unpack it again, or build what is there with --partial"
+            + (", or without the clips with --text-only" if without_clips else "")
+        )
     return release
 
 
@@ -114,13 +129,16 @@ def iemocap_corpus(
 ) -> CorpusSpec:
     """The corpus of one view, one session left out of training as the test split.
 
+    A turn of another label, or without a usable clip, has no label: it is heard before the turns behind it. Of a part
+    of a release, a split is there where some turn of it has a label.
+
     Args:
         view: a key of VIEWS.
         dev: below 1, a share of each remaining session's dialogues, always the same ones: what the field does, but the
             speakers of dev are then those of train; 1 to 5, a session of its own.
 
     Raises:
-        UserError: no such view or session.
+        UserError: no such view or session, or nothing of the view in a part of a release.
     """
     if view not in VIEWS:
         raise UserError(f"--view {view}: no such view; choose {', '.join(VIEWS)}")
@@ -132,23 +150,30 @@ def iemocap_corpus(
     classes = list(dict.fromkeys(VIEWS[view].values()))
     splits: dict[str, dict[str, list[Row]]] = {"train": {}, "dev": {}, "test": {}}
     for turn in release.turns:
-        if turn.code not in VIEWS[view] or turn.text is None or turn.clip is None:
+        if turn.text is None:
             continue
-        relative = turn.clip.relative_to(release.path).as_posix()
+        usable = turn.code in VIEWS[view] and (turn.clip is not None or release.text_only)
         row = Row(
             dialogue=turn.dialogue,
             turn=turn.number,
             speaker=turn.speaker,
-            label=classes.index(VIEWS[view][turn.code]),
+            label=classes.index(VIEWS[view][turn.code]) if usable else None,
             text=turn.text,
             clip=turn.clip,
-            identity=f"{relative} {turn.clip.stat().st_size}",
+            identity=_identity(release, turn.clip) if turn.clip else "",
             origin=turn.origin,
             start=turn.start,
             end=turn.end,
             extra=dict(zip(("valence", "arousal", "dominance"), turn.attributes, strict=True)),
         )
         splits[homes[turn.dialogue]].setdefault(turn.dialogue, []).append(row)
+    missing = list(release.missing)
+    if release.partial:
+        for split in [split for split, dialogues in splits.items() if not _labelled(dialogues.values())]:
+            missing.append(Fault(split, "", "no turn is there with a label of the view, text and clip", LEFT_OUT))
+            del splits[split]
+        if not splits:
+            raise UserError(f"{release.path}: nothing to build from: {missing[0].file} {missing[0].fault}")
     return CorpusSpec(
         name=name,
         labels=classes,
@@ -157,10 +182,23 @@ def iemocap_corpus(
         source="IEMOCAP_full_release, SAIL, University of Southern California",
         licence="of the release: by agreement with USC, for research",
         description=f"IEMOCAP, view {view!r}: {', '.join(classes)}. Test is session {test_session}, dev "
-        + (f"session {dev:g}." if dev >= 1 else f"{dev:g} of the other sessions' dialogues."),
+        + (f"session {dev:g}." if dev >= 1 else f"{dev:g} of the other sessions' dialogues.")
+        + (" Without the sound." if release.text_only else "")
+        + (" Of what was there of the release: `faults` names what was not." if release.partial else ""),
         speaker_independent=dev >= 1,
-        faults=[replace(fault, split=homes.get(dialogue, "")) for dialogue, fault in release.faults],
+        faults=[
+            *missing,
+            *(replace(fault, split=homes.get(dialogue, "")) for dialogue, fault in release.faults),
+        ],
     )
+
+
+def _identity(release: Release, clip: Path) -> str:
+    return f"{clip.relative_to(release.path).as_posix()} {clip.stat().st_size}"
+
+
+def _labelled(dialogues: Iterable[Sequence[Row]]) -> bool:
+    return any(row.label is not None for rows in dialogues for row in rows)
 
 
 def _homes(release: Release, test_session: int, dev: float) -> dict[str, str]:
@@ -181,9 +219,12 @@ def _homes(release: Release, test_session: int, dev: float) -> dict[str, str]:
 
 def _read_session(release: Release, session: int) -> None:
     folder = release.path / f"Session{session}"
-    labels = _files(folder / "dialog" / "EmoEvaluation", ".txt")
+    evaluations = folder / "dialog" / "EmoEvaluation"
+    labels = _files(evaluations, ".txt")
     if not labels:
-        raise UserError(f"{folder / 'dialog' / 'EmoEvaluation'}: no label file Ses0{session}*.txt; unpack it again")
+        absent = next((one for one in (folder, evaluations) if not one.is_dir()), None)
+        _missing(release, absent or evaluations, "no such folder" if absent else f"no label file Ses0{session}*.txt")
+        return
     spoken, wavs = folder / "dialog" / "transcriptions", folder / "sentences" / "wav"
     transcripts: dict[str, str] = {}
     for path in _files(spoken, ".txt"):
@@ -193,10 +234,23 @@ def _read_session(release: Release, session: int) -> None:
         if not re.fullmatch(rf"Ses0{session}[FM]_\w+", path.stem):
             raise UserError(f"{path}: no dialogue of session {session}; the sessions are mixed up, unpack them again")
         _read_dialogue(release, path, session, transcripts)
-    labelled = {turn.name for turn in release.turns[before:]}
+    turns = release.turns[before:]
+    if not turns:
+        _missing(release, evaluations, "no turn in any of its label files")
+    labelled = {turn.name for turn in turns}
     _unlabelled(release, spoken, "transcript", [name for name in transcripts if name not in labelled])
-    clips = [path.stem for path in _files(wavs, ".wav", "*/*")]
-    _unlabelled(release, wavs, "clip", [name for name in clips if name not in labelled])
+    _count_missing(release, spoken, "transcripts", turns, sum(turn.text is None for turn in turns), LEFT_OUT)
+    if not release.text_only:
+        clips = [path.stem for path in _files(wavs, ".wav", "*/*")]
+        _unlabelled(release, wavs, "clip", [name for name in clips if name not in labelled])
+        _count_missing(release, wavs, "clips", turns, sum(turn.clip is None for turn in turns), HEARD)
+
+
+def _count_missing(release: Release, folder: Path, what: str, turns: Sequence[Turn], number: int, treated: str) -> None:
+    if number > MOST_MISSING * len(turns):
+        absent = "" if folder.is_dir() else "no such folder: "
+        fault = f"{absent}{number} of the {what} of {len(turns)} turns are missing or of no use"
+        _missing(release, folder, fault, treated)
 
 
 def _files(folder: Path, suffix: str, pattern: str = "*") -> list[Path]:
@@ -227,15 +281,15 @@ def _read_transcript(release: Release, path: Path, into: dict[str, str]) -> None
         elif line.strip():
             unknown += 1
     if nameless:
-        _fault(release, path, "", f"{nameless} line(s) name a speaker but no turn", "left out")
+        _fault(release, path, "", f"{nameless} line(s) name a speaker but no turn", LEFT_OUT)
     if unknown:
-        _fault(release, path, "", f"{unknown} line(s) are no transcript", "left out")
+        _fault(release, path, "", f"{unknown} line(s) are no transcript", LEFT_OUT)
 
 
 def _read_dialogue(release: Release, path: Path, session: int, transcripts: Mapping[str, str]) -> None:
     """Add the turns of one label file."""
     dialogue = path.stem
-    wavs = release.path / f"Session{session}" / "sentences" / "wav" / dialogue
+    wavs = release.path / f"Session{session}" / "sentences" / "wav"
     found: dict[str, dict[str, Any]] = {}
     for origin, match, votes in _blocks(path):
         start, end, name, code, *attributes = match.groups()
@@ -245,11 +299,12 @@ def _read_dialogue(release: Release, path: Path, session: int, transcripts: Mapp
             raise UserError(f"{origin}: turn {name} is labelled a second time; unpack the label file again")
         if code not in LABELS:
             raise UserError(f"{origin}: unknown label {code!r}; known: {', '.join(LABELS)}")
-        text, clip = transcripts.get(name), wavs / f"{name}.wav"
-        if text is None:
-            _fault(release, path, name, "no transcript", "left out")
-        if fault := unusable(clip):
-            _fault(release, clip, name, fault, "left out")
+        text, clip = transcripts.get(name), wavs / dialogue / f"{name}.wav"
+        if text is None and transcripts:
+            _fault(release, path, name, "no transcript", LEFT_OUT)
+        fault = "not read" if release.text_only else unusable(clip)
+        if fault and not release.text_only and wavs.is_dir():
+            _fault(release, clip, name, fault, LEFT_OUT if text is None else HEARD)
         found[name] = {
             "start": float(start),
             "end": float(end),
@@ -261,7 +316,7 @@ def _read_dialogue(release: Release, path: Path, session: int, transcripts: Mapp
             "origin": origin,
         }
     if not found:
-        _fault(release, path, "", "no turn in it", "left out")
+        _fault(release, path, "", "no turn in it", LEFT_OUT)
     ordered = sorted(found, key=lambda name: (found[name]["start"], found[name]["end"], name))
     for number, name in enumerate(ordered):
         release.turns.append(Turn(name=name, dialogue=dialogue, session=session, number=number, **found[name]))
@@ -290,7 +345,11 @@ def _blocks(path: Path) -> Iterator[tuple[str, re.Match[str], tuple[str, ...]]]:
 
 def _unlabelled(release: Release, folder: Path, kind: str, names: Sequence[str]) -> None:
     if names:
-        _fault(release, folder, "", f"{len(names)} {kind}(s) of no labelled turn ({some(names)})", "left out")
+        _fault(release, folder, "", f"{len(names)} {kind}(s) of no labelled turn ({some(names)})", LEFT_OUT)
+
+
+def _missing(release: Release, path: Path, fault: str, treated: str = "none of its turns is in the corpus") -> None:
+    release.missing.append(Fault("", path.relative_to(release.path).as_posix(), fault, treated))
 
 
 def _fault(release: Release, path: Path, turn: str, fault: str, done: str) -> None:

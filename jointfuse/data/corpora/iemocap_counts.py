@@ -8,6 +8,7 @@ not published. They differ in `happy` alone: counted is which turns of the label
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from jointfuse.data.build import Fault
 from jointfuse.data.corpora.iemocap import LABELS, VIEWS, Release, Turn
 from jointfuse.errors import UserError
 
@@ -45,24 +46,32 @@ def check_counts(release: Release, published: Mapping[str, int] = PUBLISHED) -> 
     Raises:
         UserError: with every label of the four classes whose count differs.
     """
-    expected, found = sum(published.get(code, 0) for code in VIEWS["four"]), release.count(VIEWS["four"])
-    if found != expected:
-        differing = [
-            f"{LABELS[code]} {release.codes[code]} of {published.get(code, 0)}"
-            for code in VIEWS["four"]
-            if release.codes[code] != published.get(code, 0)
-        ]
+    for fault in count_faults(release, published):
         raise UserError(
-            f"{release.path}: the label files give {found} turns in four classes, published are {expected} "
-            f"({', '.join(differing)}); unpack the release again, whole"
+            f"{release.path}: {fault.fault}; unpack the release again, whole, or build a part with --partial"
         )
+
+
+def count_faults(release: Release, published: Mapping[str, int] = PUBLISHED) -> list[Fault]:
+    """The same for a part of a release, which is built nevertheless: a fault, or none."""
+    found, expected = release.count(VIEWS["four"]), sum(published.get(code, 0) for code in VIEWS["four"])
+    if found == expected:
+        return []
+    differing = ", ".join(
+        f"{LABELS[code]} {release.codes[code]} of {published.get(code, 0)}"
+        for code in VIEWS["four"]
+        if release.codes[code] != published.get(code, 0)
+    )
+    counts = f"the label files give {found} turns in four classes, published are {expected} ({differing})"
+    return [Fault("", "EmoEvaluation", counts, "built as they are")]
 
 
 def describe_counts(release: Release, view: str, published: Mapping[str, int] = PUBLISHED) -> list[str]:
     """Lines for people: how many turns each view has by the label files, and where the two published figures differ."""
     codes, turns = release.codes, release.turns
     dialogues = len({turn.dialogue for turn in turns})
-    by_label = ", ".join(f"{name} {codes[code]}" for code, name in LABELS.items())
+    whole = {code: "" if codes[code] == published.get(code, 0) else f" of {published.get(code, 0)}" for code in LABELS}
+    by_label = ", ".join(f"{name} {codes[code]}{whole[code]}" for code, name in LABELS.items())
     figures = sum(published[code] for code in VIEWS["six"]), sum(map(sum, TABULATED.values()))
     lines = [
         f"label files: {len(turns)} turns in {dialogues} dialogues: {by_label}",
@@ -73,15 +82,18 @@ def describe_counts(release: Release, view: str, published: Mapping[str, int] = 
     ]
     for code, tabulated in TABULATED.items():
         lines += _difference(turns, code, tabulated)
-    left = Counter(LABELS[turn.code] for turn in turns if turn.code not in VIEWS[view])
-    if left:
+    spoken = [turn for turn in turns if turn.text is not None]
+    heard = Counter(LABELS[turn.code] for turn in spoken if turn.code not in VIEWS[view])
+    if heard:
         lines.append(
-            f"left out of the view {view!r}: {left.total()} turns ("
-            + ", ".join(f"{name} {count}" for name, count in left.most_common())
-            + "); turn numbers keep their gaps"
+            f"not of the view {view!r}, kept without a label as context of the others: {heard.total()} turns ("
+            + ", ".join(f"{name} {count}" for name, count in heard.most_common())
+            + ")"
         )
-    no_text, no_clip = sum(turn.text is None for turn in turns), sum(turn.clip is None for turn in turns)
-    lines.append(f"left out of every view: {no_text} turns without a transcript, {no_clip} without a usable clip")
+    if not release.text_only:
+        no_clip = sum(turn.clip is None for turn in spoken)
+        lines.append(f"without a usable clip, kept without a label as context: {no_clip} turns")
+    lines.append(f"left out: {len(turns) - len(spoken)} turns without a transcript")
     return lines
 
 
