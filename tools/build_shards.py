@@ -114,6 +114,7 @@ def meld(
     raw: Annotated[Path, typer.Argument(help="MELD.Raw.tar.gz, or the folder it unpacks to")],
     out: Out,
     text_only: Annotated[bool, typer.Option("--text-only", help="without the clips; the CSVs are enough then")] = False,
+    partial: Partial = False,
     scratch: Annotated[Path | None, typer.Option(help="folder to unpack archives into; default: OUT.raw")] = None,
     name: Annotated[str | None, typer.Option(help="default: the folder's name")] = None,
     workers: Workers = None,
@@ -124,7 +125,7 @@ def meld(
     from jointfuse.data.corpora.meld import meld_corpus
 
     scratch = scratch or out.resolve().with_name(f"{out.resolve().name}.raw")
-    spec = meld_corpus(raw, name or out.resolve().name, text_only, scratch)
+    spec = meld_corpus(raw, name or out.resolve().name, text_only, scratch, partial=partial)
     _tell(build(spec, out, workers, samples_per_shard), out)
 
 

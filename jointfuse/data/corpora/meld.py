@@ -16,14 +16,13 @@ import numpy as np
 import yaml
 
 from jointfuse.data.build import CorpusSpec, Fault, FaultyClip, Row
+from jointfuse.data.corpora.meld_places import FOLDERS, TABLES, find_places
 from jointfuse.data.corpora.table import csv_rows, seconds_of
 from jointfuse.data.corpora.text import LOST, repair
-from jointfuse.data.corpora.unpack import is_archive, unpack
 from jointfuse.data.media import EmptyAudio, MediaError, NoAudioTrack, Undecodable, read_audio
 from jointfuse.data.mel import SAMPLE_RATE
 from jointfuse.data.parallel import preload
 from jointfuse.errors import UserError
-from jointfuse.files import replacing
 
 LABELS = ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")
 # split -> utterances of each label, 9989, 1109 and 2610 in all
@@ -35,8 +34,6 @@ PUBLISHED: dict[str, dict[str, int]] = {
         "test": (345, 68, 50, 402, 1256, 208, 281),
     }.items()
 }
-TABLES = {split: f"{split}_sent_emo.csv" for split in PUBLISHED}
-FOLDERS = {"train": "train_splits", "dev": "dev_splits_complete", "test": "output_repeated_splits_test"}
 COLUMNS = (
     "Utterance",
     "Speaker",
@@ -52,8 +49,8 @@ COLUMNS = (
 CLIP_NAME = re.compile(r"(dia\d+_utt\d+)\.mp4")
 TOLERANCE = 0.5  # seconds by which clip and row may differ before it is told
 MINUTES = 60.0  # seconds; no utterance lasts as long: the longest whose row is right has 41
+SPLIT_LEFT_OUT = "the split is left out"
 MOST_MISSING = 0.2  # of a split's clips; beyond it, a folder is not whole rather than faulty
-DEEPEST, DEEPEST_UNPACKED = 3, 6  # folders below RAW, and below where archives are unpacked, that are looked through
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,7 @@ def meld_corpus(
     text_only: bool = False,
     scratch: Path | None = None,
     published: Mapping[str, Mapping[str, int]] = PUBLISHED,
+    partial: bool = False,
 ) -> CorpusSpec:
     """List MELD's dialogues, and what is wrong with its tables and folders.
 
@@ -80,24 +78,25 @@ def meld_corpus(
         text_only: leave the clips out; `raw` then needs to hold no more than the CSVs.
         scratch: folder to unpack archives into; what it holds already is not unpacked again.
         published: split -> label -> utterances, which the tables must come to.
+        partial: list what is there; tables, folders and clips that are not, and counts that differ, are faults.
 
     Raises:
         UserError: `raw` is not MELD, or of another release, or not whole; or an archive cannot be unpacked.
     """
-    places = _places(raw, scratch, text_only)
+    places = find_places(raw, scratch, text_only, partial)
     if not text_only:
         preload(__name__, "av", "scipy.signal")  # what read_clips will need, while we read the tables
-    tables = {split: _Table(split, places[TABLES[split]]) for split in PUBLISHED}
-    _check_counts(tables, published)
-    faults = [fault for table in tables.values() for fault in table.faults]
+    tables = {split: _Table(split, places[TABLES[split]]) for split in PUBLISHED if TABLES[split] in places}
+    faults = [
+        Fault(split, TABLES[split], "no such table", SPLIT_LEFT_OUT) for split in PUBLISHED if split not in tables
+    ]
+    faults += _differing_counts(tables, published, partial)
+    faults += [fault for table in tables.values() for fault in table.faults]
+    tables = {split: table for split, table in tables.items() if table.rows}
+    if not tables:
+        raise UserError(f"{raw}: no table of MELD has a row; take the CSVs of MELD.Raw")
     if not text_only:
-        lacking = {}
-        for split, table in tables.items():
-            found, lacking[split] = table.add_clips(places[FOLDERS[split]])
-            faults += found
-        for split, table in tables.items():
-            others = {clip: other for other, clips in lacking.items() if other != split for clip in clips}
-            faults += _strays(table, places[FOLDERS[split]], others)
+        faults += _add_clips(tables, places, partial)
     return CorpusSpec(
         name=name,
         labels=LABELS,
@@ -106,9 +105,28 @@ def meld_corpus(
         source="MELD.Raw, https://affective-meld.github.io",
         licence="GPL-3.0 by MELD's repository; text and sound are excerpts of the television series Friends",
         description="MELD: dialogues of several speakers out of the television series Friends, with an emotion an "
-        "utterance" + (", without the sound." if text_only else "."),
+        "utterance"
+        + (", without the sound." if text_only else ".")
+        + (" Of what was there of the release: `faults` names what was not." if partial else ""),
         faults=faults,
     )
+
+
+def _add_clips(tables: Mapping[str, "_Table"], places: Mapping[str, Path], partial: bool) -> list[Fault]:
+    """Give every row its clip; the faults of folders, clips and other files. A folder may lack in a part of MELD."""
+    faults, lacking = [], {}
+    folders = {split: places[FOLDERS[split]] for split in tables if FOLDERS[split] in places}
+    for split, table in tables.items():
+        if split in folders:
+            found, lacking[split] = table.add_clips(folders[split], partial)
+            faults += found
+        else:
+            fault = f"no such folder: {len(table.rows)} utterances have no clip"
+            faults.append(Fault(split, FOLDERS[split], fault, "kept without clips"))
+    for split, folder in folders.items():
+        others = {clip: other for other, clips in lacking.items() if other != split for clip in clips}
+        faults += _strays(tables[split], folder, others)
+    return faults
 
 
 # ------------------------------------------------------------------------------------------------------------- faults
@@ -225,7 +243,7 @@ class _Table:
             dialogues.setdefault(row.dialogue, []).append(row)
         return list(dialogues.values())
 
-    def add_clips(self, folder: Path) -> tuple[list[Fault], set[str]]:
+    def add_clips(self, folder: Path, partial: bool) -> tuple[list[Fault], set[str]]:
         """Give every row the clip of its name in `folder`; the faults, and the clips that are not there."""
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
         faults, lacking = [], set()
@@ -241,10 +259,10 @@ class _Table:
             seconds = row.end - row.start if row.end > row.start else None
             sound = Clip(folder.parent, file, seconds, known)
             self.rows[clip] = replace(row, clip=sound, identity=f"{file} {size}")
-        if len(lacking) > MOST_MISSING * len(self.rows):
+        if len(lacking) > MOST_MISSING * len(self.rows) and not partial:
             raise UserError(
                 f"{folder}: {len(lacking)} of the {len(self.rows)} clips that {self.path.name} lists are missing; "
-                "unpack the archive again, or give --text-only"
+                "unpack the archive again, or give --text-only, or --partial to build what is there"
             )
         return faults, lacking
 
@@ -265,17 +283,23 @@ def _whole(cell: str, column: str, origin: str) -> int:
     return int(cell)
 
 
-def _check_counts(tables: Mapping[str, _Table], published: Mapping[str, Mapping[str, int]]) -> None:
+def _differing_counts(
+    tables: Mapping[str, _Table], published: Mapping[str, Mapping[str, int]], partial: bool
+) -> list[Fault]:
+    """Of a part of MELD: counts beside the published, where they differ. Of a whole one, UserError."""
     differing = []
     for split, table in tables.items():
         found, expected = table.counts(), published[split]
         if found != Counter(expected):
             labels = [f"{found[one]} {one} for {expected[one]}" for one in LABELS if found[one] != expected[one]]
-            differing.append(
-                f"{table.path}: {found.total()} utterances, MELD has {sum(expected.values())} ({', '.join(labels)})"
-            )
-    if differing:
-        raise UserError("; ".join(differing) + ": another release, or edited; take the CSVs of MELD.Raw")
+            counts = f"{found.total()} utterances, MELD has {sum(expected.values())} ({', '.join(labels)})"
+            differing.append(Fault(split, table.path.name, counts, "built as they are" if found else SPLIT_LEFT_OUT))
+    if differing and not partial:
+        lines = "; ".join(f"{tables[fault.split].path}: {fault.fault}" for fault in differing)
+        raise UserError(
+            f"{lines}: another release, or edited; take the CSVs of MELD.Raw, or build what is there with --partial"
+        )
+    return differing
 
 
 def _strays(table: _Table, folder: Path, lacking_elsewhere: Mapping[str, str]) -> list[Fault]:
@@ -327,67 +351,3 @@ def read_clips(rows: Sequence[Row]) -> Iterator[np.ndarray | FaultyClip | None]:
             yield FaultyClip(waveform, clip.file, *_words("differs", clip.known, detail))
         else:
             yield waveform
-
-
-# -------------------------------------------------------------------------------------------------------------- files
-
-
-def _places(raw: Path, scratch: Path | None, text_only: bool) -> dict[str, Path]:
-    """Where MELD's tables and folders lie, by name, unpacked first if they must be."""
-    wanted = [*TABLES.values(), *([] if text_only else FOLDERS.values())]
-    if not raw.exists():
-        raise UserError(f"{raw}: no such file or folder; give MELD.Raw.tar.gz or the folder MELD.Raw")
-    places = _search(raw, wanted, DEEPEST) if raw.is_dir() else {}
-    absent = [name for name in wanted if name not in places]
-    archives = [raw] if raw.is_file() else sorted(path for path in raw.iterdir() if is_archive(path.name))
-    archives = [path for path in archives if path.is_file() and is_archive(path.name)]
-    if absent and archives:
-        if scratch is None:
-            raise UserError(f"{raw}: {absent[0]} is still in an archive; name a folder to unpack it into")
-        endings = (".csv",) if text_only else (".csv", ".mp4")
-        for archive in archives:
-            _unpack_once(archive, scratch, endings)
-        places = _search(scratch, wanted, DEEPEST_UNPACKED) | places
-        absent = [name for name in wanted if name not in places]
-    if absent:
-        advice = "" if absent[0].endswith(".csv") else ", or --text-only"
-        raise UserError(f"{raw}: holds no {absent[0]}; give MELD.Raw.tar.gz or the folder MELD.Raw{advice}")
-    return places
-
-
-def _unpack_once(archive: Path, scratch: Path, endings: tuple[str, ...]) -> None:
-    stem = archive.name.split(".")[0]
-    done = f"{archive.stat().st_size} {' '.join(endings)}\n"
-    marker = scratch / f"{stem}.unpacked"
-    if not marker.is_file() or marker.read_text(encoding="utf-8") != done:
-        unpack(archive, scratch / stem, endings)
-        with replacing(marker) as file:
-            file.write(done.encode())
-
-
-def _search(root: Path, wanted: Sequence[str], deepest: int) -> dict[str, Path]:
-    """Name -> place of each of `wanted` under `root`, the one that is least deep."""
-    places: dict[str, Path] = {}
-    level = [root]
-    for _ in range(deepest + 1):
-        found: dict[str, Path] = {}
-        below = []
-        for folder in level:
-            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-                if entry.name in wanted and entry.is_dir() != entry.name.endswith(".csv"):
-                    if entry.name in found and not _same_table(found[entry.name], Path(entry.path)):
-                        raise UserError(
-                            f"{root}: holds {found[entry.name]} and {entry.path}; give the folder of one of the two"
-                        )
-                    found.setdefault(entry.name, Path(entry.path))
-                elif entry.is_dir() and not entry.name.startswith(".") and entry.name not in FOLDERS.values():
-                    below.append(Path(entry.path))
-        places = found | places
-        level = below
-        if all(name in places for name in wanted):
-            break
-    return places
-
-
-def _same_table(one: Path, other: Path) -> bool:
-    return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
