@@ -249,7 +249,7 @@ def open_for_training(settings: DataSettings) -> AnyCorpus:
     corpus = open_data(settings)
     if "train" not in corpus.splits:
         raise UserError(
-            f"{corpus.path}: has no training split (`train`), only {', '.join(corpus.splits)}; train on another corpus "
+            f"{corpus.path}: no split 'train', only {', '.join(corpus.splits)}; train on another corpus "
             "and score the model on this one with `jointfuse eval RUN --corpus`"
         )
     if len(corpus.labels) < 2:
