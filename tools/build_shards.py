@@ -51,6 +51,9 @@ def table(
     end_column: str | None = None,
     allow_missing: Annotated[bool, typer.Option(help="blank text or audio cells are meant")] = False,
     dialogues_per_table: Annotated[bool, typer.Option(help="dialogue numbers start again in every split")] = False,
+    votes: Annotated[
+        str | None, typer.Option(help="majority: a clip's rows, one a rater, become one utterance")
+    ] = None,
     workers: Workers = None,
     samples_per_shard: PerShard = 500,
 ) -> None:
@@ -76,13 +79,16 @@ def table(
         by_split or [(None, path) for path in tables or []],
         name or out.resolve().name,
         columns,
-        [label.strip() for label in labels.split(",")] if labels is not None else None,
+        labels.split(",") if labels is not None else None,
         source,
         licence,
         description,
         allow_missing,
         dialogues_per_table,
+        votes,
     )
+    for line in spec.notes:
+        print(line)
     _tell(build(spec, out, workers, samples_per_shard), out)
 
 
@@ -187,6 +193,9 @@ def _tell(info: dict, out: Path) -> None:
         hours = content["seconds"] / 3600
         counts = f"{content['samples']} utterances, {content['dialogues']} dialogues, {hours:.2f} h"
         print(f"{split}: {counts}, {len(content['shards'])} shard(s)")
+    for split, rows in info.get("rows", {}).items():
+        fates = ", ".join(f"{count} {fate}" for fate, count in rows.items() if fate != "read")
+        print(f"{split or 'in no split'}: {rows['read']} rows read: {fates}")
     if info["faults"]:
         print(f"{len(info['faults'])} fault(s) in what it was made from, listed as `faults` in {out / 'corpus.json'}:")
         for fault in info["faults"][:FAULTS_SHOWN]:

@@ -17,7 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from jointfuse.data.build import CorpusSpec, Fault, Row
 from jointfuse.data.clips import read_clips
-from jointfuse.data.corpora.table import UNKNOWN_SPEAKER, read_table
+from jointfuse.data.corpora.cells import read_table
+from jointfuse.data.corpora.table import UNKNOWN_SPEAKER
 from jointfuse.errors import UserError
 from jointfuse.files import read_yaml
 

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from jointfuse.data.build import CorpusSpec, Fault, FaultyClip, Row
-from jointfuse.data.corpora.table import csv_rows, seconds_of
+from jointfuse.data.corpora.cells import csv_rows, seconds_of
 from jointfuse.data.corpora.text import LOST, repair
 from jointfuse.data.corpora.unpack import is_archive, unpack
 from jointfuse.data.media import EmptyAudio, MediaError, NoAudioTrack, Undecodable, read_audio
