@@ -163,9 +163,12 @@ def files(
 ) -> None:
     """A corpus whose file names say it all, described by a YAML file of some ten lines."""
     from jointfuse.data.build import build
-    from jointfuse.data.corpora.files import files_corpus, read_description
+    from jointfuse.data.corpora.descriptions import read_description
+    from jointfuse.data.corpora.files import files_corpus
 
     spec = files_corpus(raw, read_description(description), name or out.resolve().name)
+    for line in spec.notes:
+        print(line)
     _tell(build(spec, out, workers, samples_per_shard), out)
 
 
@@ -189,6 +192,8 @@ for shipped in ("ravdess", "nemo", "emodb"):
 
 
 def _tell(info: dict, out: Path) -> None:
+    from jointfuse.data.observe import LACKING_CLASS, observe_classes
+
     for split, content in info["splits"].items():
         hours = content["seconds"] / 3600
         counts = f"{content['samples']} utterances, {content['dialogues']} dialogues, {hours:.2f} h"
@@ -196,6 +201,8 @@ def _tell(info: dict, out: Path) -> None:
     for split, rows in info.get("rows", {}).items():
         fates = ", ".join(f"{count} {fate}" for fate, count in rows.items() if fate != "read")
         print(f"{split or 'in no split'}: {rows['read']} rows read: {fates}")
+    for split, line in observe_classes(info["splits"]):
+        print(f"observed: {LACKING_CLASS}: {split}: {line}")
     if info["faults"]:
         print(f"{len(info['faults'])} fault(s) in what it was made from, listed as `faults` in {out / 'corpus.json'}:")
         for fault in info["faults"][:FAULTS_SHOWN]:

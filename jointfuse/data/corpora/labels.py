@@ -43,7 +43,7 @@ def given_classes(labels: Sequence[str]) -> list[str]:
     classes = [plain_name(label) for label in labels]
     if len(set(classes)) != len(classes) or "" in classes:
         raise UserError("--labels: a label is blank or given twice; list each class once")
-    _check_case((label, "--labels") for label in classes)
+    check_case((label, "--labels") for label in classes)
     return classes
 
 
@@ -72,7 +72,7 @@ def check_labels(lines: Sequence[Line], given: Sequence[str] | None) -> None:
                 f"{origin}: the label {label!r} is a number with a fraction, a score and no class; "
                 "set --label-column to a column of classes, or list the classes by --labels"
             )
-    _check_case(first.items())
+    check_case(first.items())
 
 
 def classes_of(lines: Sequence[Line]) -> list[str]:
@@ -105,7 +105,7 @@ def class_number(line: Line, classes: Sequence[str]) -> int:
     raise UserError(f"{line.origin}: unknown label {label!r}; {hint} (--labels sets the list)")
 
 
-def _check_case(labels: Iterable[tuple[str, str]]) -> None:
+def check_case(labels: Iterable[tuple[str, str]]) -> None:
     """Refuse (label, place) pairs of which two labels differ by case alone."""
     seen: dict[str, tuple[str, str]] = {}
     for label, place in labels:
