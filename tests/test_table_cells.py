@@ -44,6 +44,11 @@ def test_a_tab_separated_table_keeps_every_row_whose_text_begins_with_a_quotatio
     assert texts(table) == [text if text != '"Fine."' else "Fine." for text in SPOKEN]
 
 
+def test_marks_that_open_in_one_column_and_close_in_another_are_text(write: Write) -> None:
+    table = write("t.tsv", "text\ttranslation", '"Well\tNun', 'b\tja"', "c\td")
+    assert [list(cells.values()) for _, cells in read_table(table)] == [['"Well', "Nun"], ["b", 'ja"'], ["c", "d"]]
+
+
 def test_a_tab_separated_table_that_pandas_quoted_is_unquoted(write: Write) -> None:
     rows = ['"""So,"" he said"\tjoy\t1.wav', '"a\tb"\tjoy\t2.wav', '"first', 'second"\tjoy\t3.wav', "c\tjoy\t4.wav"]
     assert texts(write("t.tsv", "text\temotion\taudio", *rows)) == ['"So," he said', "a\tb", "first\nsecond", "c"]
