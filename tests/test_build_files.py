@@ -11,7 +11,8 @@ from distributed import run_ranks
 from release_fixtures import make_ravdess, train_each
 
 from jointfuse.data.build import build
-from jointfuse.data.corpora.files import SHIPPED, files_corpus, read_description
+from jointfuse.data.corpora.descriptions import SHIPPED, read_description
+from jointfuse.data.corpora.files import files_corpus
 from jointfuse.data.shards import Corpus
 from jointfuse.data.verify import verify
 from jointfuse.errors import UserError
@@ -98,7 +99,7 @@ def test_a_description_of_ten_lines_builds_a_corpus(folder: Path, capsys: pytest
     assert not verify(out, workers=1).faults
 
 
-def test_ravdess_as_the_archive_unpacks_is_built_and_every_fault_named(built: Path) -> None:
+def test_ravdess_as_the_archive_unpacks_is_built_and_every_fault_named(ravdess: Path, built: Path) -> None:
     corpus = Corpus.open(built)
     faults = {(fault["file"], fault["fault"]) for fault in corpus.info["faults"]}
     assert faults == {
@@ -111,6 +112,10 @@ def test_ravdess_as_the_archive_unpacks_is_built_and_every_fault_named(built: Pa
         ("copy/03-01-04-01-01-01-01.wav", "copied from elsewhere in the folder"),
     }
     assert all(fault["done"] == "left out" for fault in corpus.info["faults"])
+    rows = corpus.info["rows"]
+    assert {split: counts["read"] for split, counts in rows.items()} == {"train": 254, "dev": 32, "test": 96, "": 7}
+    assert sum(counts["read"] for counts in rows.values()) == len(list(ravdess.rglob("*.wav")))
+    assert sum(rows[""].values()) == 2 * rows[""]["read"]
     assert {split: len(corpus.split(split)) for split in corpus.splits} == {"train": 254, "dev": 32, "test": 96}
     assert corpus.info["splits"]["dev"]["speakers"] == ["17", "18"]
     sample = corpus.split("test").sample(0)
@@ -242,7 +247,7 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(folder: Path, refused
     assert "radvess: cannot be read (No such file or directory); give a YAML file" in line
     assert "or one of emodb, nemo" in line
     (folder / "bad.yaml").write_text("pattern: [")
-    assert "bad.yaml: not valid YAML" in refused(description=folder / "bad.yaml")
+    assert "bad.yaml line 1: not valid YAML" in refused(description=folder / "bad.yaml")
     (folder / "bad.yaml").write_text("- pattern")
     assert "at least pattern and labels" in refused(description=folder / "bad.yaml")
     (folder / "bad.yaml").write_text("pattern: x")

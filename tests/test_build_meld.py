@@ -113,6 +113,21 @@ def test_every_planted_fault_is_named_once_and_nothing_else_is(built: Path) -> N
     assert known == {"train_dia125_003", "dev_dia110_007"}
 
 
+def test_every_row_of_the_tables_is_an_utterance_or_told_to_be_given_twice(
+    built: Path, raw: tuple[Path, Published]
+) -> None:
+    rows = Corpus.open(built).info["rows"]
+    for split, table in TABLES.items():
+        with next(raw[0].rglob(table)).open(newline="", encoding="latin-1") as file:
+            assert rows[split]["read"] == len(list(csv.DictReader(file)))
+        assert rows[split]["utterances"] == sum(raw[1][split].values())
+    assert {split: counts.get("rows given twice") for split, counts in rows.items()} == {
+        "train": 1,
+        "dev": None,
+        "test": None,
+    }
+
+
 def test_an_utterance_whose_clip_is_faulty_keeps_its_text(built: Path) -> None:
     corpus = Corpus.open(built)
     for split in FOLDERS:

@@ -346,8 +346,8 @@ def test_unreadable_and_empty_clips_are_told_apart(tmp_path: Path, content: byte
 
 
 def _one_clip_corpus(path: Path) -> CorpusSpec:
-    rows = [{"text": "a", "label": label, "audio": path.name} for label in "xy"]
-    return table_corpus([("train", write_table(path.parent / "train.csv", rows))], "one")
+    table = write_table(path.parent / "train.csv", [{"text": "a", "label": "x", "audio": path.name}])
+    return table_corpus([("train", table)], "one", labels=["x", "y"])
 
 
 def test_tables_that_make_no_corpus_are_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -372,7 +372,7 @@ def test_tables_that_make_no_corpus_are_refused(copy: Path, capsys: pytest.Captu
     assert "empty.csv: the table has no rows" in refused(out, "--train", empty, capsys=capsys)
     latin = copy / "latin.csv"
     latin.write_bytes(train.read_bytes().replace(b"line", b"l\xefne"))
-    assert "latin.csv: not UTF-8 text" in refused(out, "--train", latin, capsys=capsys)
+    assert "not UTF-8 text; save the table as UTF-8" in refused(out, "--train", latin, capsys=capsys)
     broken = copy / "broken.jsonl"
     broken.write_text('{"text": "a"}\n{"text":')
     assert "broken.jsonl row 2: not JSON" in refused(out, "--train", broken, capsys=capsys)

@@ -189,8 +189,10 @@ def test_silence_clipping_repeated_clips_and_times_are_observed_and_no_faults(
         "turn that starts before the turn before it: 1",
         "sample train_train2_002: at 0.2 s, the turn before at 1 s",
         "sample train_train2_003: from 3 to 3 s",
+        "split that lacks a class: 1",
+        "corpus/test: no utterance of fear",
         "no fault(s) in 28 samples",
-        "; 8 observation(s)",
+        "; 9 observation(s)",
     ):
         assert expected in out, out
     assert "speakers with train" not in out

@@ -56,6 +56,9 @@ def table(
     unlabelled: Annotated[
         Literal["refuse", "context"], typer.Option(help="blank labels: context, heard before the turns behind them")
     ] = "refuse",
+    votes: Annotated[
+        str | None, typer.Option(help="majority: a clip's rows, one a rater, become one utterance")
+    ] = None,
     workers: Workers = None,
     samples_per_shard: PerShard = 500,
 ) -> None:
@@ -81,14 +84,17 @@ def table(
         by_split or [(None, path) for path in tables or []],
         name or out.resolve().name,
         columns,
-        [label.strip() for label in labels.split(",")] if labels is not None else None,
+        labels.split(",") if labels is not None else None,
         source,
         licence,
         description,
         allow_missing,
         dialogues_per_table,
         unlabelled == "context",
+        votes,
     )
+    for line in spec.notes:
+        print(line)
     _tell(build(spec, out, workers, samples_per_shard), out)
 
 
@@ -169,9 +175,12 @@ def files(
 ) -> None:
     """A corpus whose file names say it all, described by a YAML file of some ten lines."""
     from jointfuse.data.build import build
-    from jointfuse.data.corpora.files import files_corpus, read_description
+    from jointfuse.data.corpora.descriptions import read_description
+    from jointfuse.data.corpora.files import files_corpus
 
     spec = files_corpus(raw, read_description(description), name or out.resolve().name)
+    for line in spec.notes:
+        print(line)
     _tell(build(spec, out, workers, samples_per_shard), out)
 
 
@@ -195,6 +204,8 @@ for shipped in ("ravdess", "nemo", "emodb"):
 
 
 def _tell(info: dict, out: Path) -> None:
+    from jointfuse.data.observe import LACKING_CLASS, observe_classes
+
     for split, content in info["splits"].items():
         hours = content["seconds"] / 3600
         unlabelled = f" ({content['unlabelled']} without a label)" if content.get("unlabelled") else ""
@@ -202,6 +213,11 @@ def _tell(info: dict, out: Path) -> None:
         print(f"{split}: {counts}, {len(content['shards'])} shard(s)")
     if "train" not in info["splits"]:
         print("no training split (`train`): models can be scored on this corpus, none trained")
+    for split, rows in info.get("rows", {}).items():
+        fates = ", ".join(f"{count} {fate}" for fate, count in rows.items() if fate != "read")
+        print(f"{split or 'in no split'}: {rows['read']} rows read: {fates}")
+    for split, line in observe_classes(info["splits"]):
+        print(f"observed: {LACKING_CLASS}: {split}: {line}")
     if info["faults"]:
         print(f"{len(info['faults'])} fault(s) in what it was made from, listed as `faults` in {out / 'corpus.json'}:")
         for fault in info["faults"][:FAULTS_SHOWN]:

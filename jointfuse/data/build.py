@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -99,6 +99,9 @@ class CorpusSpec:
     speaker_independent: bool = False  # no speaker of train is in another split; verify.py holds the corpus to it
     fresh_process: bool = False  # one new process a shard, for synthesisers whose output depends on earlier calls
     faults: Sequence[Fault] = ()
+    # Split, or "" -> "read", and why a row is no utterance -> rows of the source.
+    rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    notes: Sequence[str] = ()  # how the source was understood, for whoever builds
 
 
 @dataclass(frozen=True)
@@ -380,11 +383,23 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
         "labels": list(spec.labels),
         "mel": mel,
         "splits": splits,
+        **({"rows": _rows(spec, splits)} if spec.rows else {}),
         "speakers": speakers,
         "faults": faults,
     }
     write_json(out / "corpus.json", info)
     return info
+
+
+def _rows(spec: CorpusSpec, splits: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """What became of the rows of the source, by split; those of none stand under ""."""
+    rows = {}
+    for split, counts in spec.rows.items():
+        utterances = splits[split]["samples"] if split in splits else 0
+        lost = {reason: count for reason, count in counts.items() if reason != "read"}
+        assert counts["read"] == utterances + sum(lost.values()), (split, counts, utterances)
+        rows[split] = {"read": counts["read"], "utterances": utterances, **lost}
+    return rows
 
 
 def _sidecars(jobs: list[_Job]) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ A clip and a text are compared by hashes of eight bytes: an utterance takes 32 b
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ CLIPPED_SHARE = 0.001  # of a clip's samples at full scale: with more it is clip
 FULL_SCALE = 32767
 LISTED = 20  # of each kind are written out, the others counted
 UNKNOWN_SPEAKER = "unknown"  # what a table without speakers gives every row
+LACKING_CLASS = "split that lacks a class"
 DIGEST = np.dtype([("key", "<u8"), ("dialogue", "<u8"), ("clip", "<u8"), ("text", "<u8")])  # 0: it has none
 
 
@@ -106,6 +107,14 @@ def observe_speakers(splits: dict[str, Iterable[str]]) -> Iterator[tuple[str, st
         shared = sorted(train & set(speakers)) if split != "train" else []
         if shared:
             yield split, f"{len(shared)} of {len(set(speakers))} speakers are in train too: {_some(shared)}"
+
+
+def observe_classes(splits: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """(split, what was found) wherever a split has no utterance of a class; `splits` as in corpus.json."""
+    for split, content in splits.items():
+        absent = [label for label, count in content["label_counts"].items() if not count]
+        if absent:
+            yield split, f"no utterance of {_some(absent)}"
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

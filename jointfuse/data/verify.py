@@ -17,10 +17,12 @@ from jointfuse.data.index import INDEX_DTYPE, UNLABELLED, index_rows, mel_statis
 from jointfuse.data.mel import SAMPLE_RATE
 from jointfuse.data.observe import (
     DIGEST,
+    LACKING_CLASS,
     LISTED,
     Observations,
     digest,
     not_numbers,
+    observe_classes,
     observe_clip,
     observe_speakers,
     observe_times,
@@ -61,7 +63,8 @@ def verify(path: str | Path, workers: int | None = None) -> Report:
     turn order, in one shard and one split; an index.bin, counts, speakers and mel statistics that do not follow from
     the sidecars; a stray shard; speakers in two splits of a corpus that says it is speaker-independent.
 
-    Observations: silent and clipped clips, times that run backwards, the same clip twice, speakers across splits.
+    Observations: silent and clipped clips, times that run backwards, the same clip twice, speakers across splits, a
+    class that a split lacks.
 
     Raises:
         UserError: there is no corpus to verify.
@@ -98,6 +101,8 @@ def verify(path: str | Path, workers: int | None = None) -> Report:
             faults.append(f"{corpus.path / split}: {line}; corpus.json says that the splits share no speaker")
         else:
             observations.note("split that shares speakers with train", f"{corpus.path / split}: {line}")
+    for split, line in observe_classes(corpus.info["splits"]):
+        observations.note(LACKING_CLASS, f"{corpus.path / split}: {line}")
     return Report(
         faults=faults,
         observations=observations,

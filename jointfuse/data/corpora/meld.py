@@ -16,8 +16,8 @@ import numpy as np
 import yaml
 
 from jointfuse.data.build import CorpusSpec, Fault, FaultyClip, Row
+from jointfuse.data.corpora.cells import csv_rows, seconds_of
 from jointfuse.data.corpora.meld_places import FOLDERS, TABLES, find_places
-from jointfuse.data.corpora.table import csv_rows, seconds_of
 from jointfuse.data.corpora.text import LOST, repair
 from jointfuse.data.media import EmptyAudio, MediaError, NoAudioTrack, Undecodable, read_audio
 from jointfuse.data.mel import SAMPLE_RATE
@@ -101,6 +101,7 @@ def meld_corpus(
         name=name,
         labels=LABELS,
         splits={split: table.dialogues() for split, table in tables.items()},
+        rows={split: table.account for split, table in tables.items()},
         render=read_clips,
         source="MELD.Raw, https://affective-meld.github.io",
         licence="GPL-3.0 by MELD's repository; text and sound are excerpts of the television series Friends",
@@ -166,9 +167,11 @@ class _Table:
         self.split, self.path = split, path
         self.rows: dict[str, Row] = {}  # clip -> row, such as dia0_utt3
         self.faults: list[Fault] = []
+        self.account = Counter[str]()  # rows: all that were read, those that are no utterance
         self._origins: dict[str, str] = {}
         self._broken = {"encoding": [0, 0], "lost": [0, 0]}  # characters, rows
         for origin, cells in csv_rows(path, _text(path)):
+            self.account["read"] += 1
             self._add(origin, cells)
         for kind, (characters, rows) in self._broken.items():
             if characters:
@@ -194,6 +197,7 @@ class _Table:
         if start is None or end is None:
             raise UserError(f"{origin}: no StartTime or no EndTime; take the CSV of MELD.Raw")
         if clip in self.rows:
+            self.account["rows given twice"] += 1
             self._fault("row-twice", f"{clip}, {self._origins[clip]} and {place}", clip)
             return
         self._origins[clip] = place
