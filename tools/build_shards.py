@@ -51,6 +51,9 @@ def table(
     end_column: str | None = None,
     allow_missing: Annotated[bool, typer.Option(help="blank text or audio cells are meant")] = False,
     dialogues_per_table: Annotated[bool, typer.Option(help="dialogue numbers start again in every split")] = False,
+    times: Annotated[
+        str, typer.Option(help="auto: start and end are cut out of longer recordings; recorded: clips are cut already")
+    ] = "auto",
     workers: Workers = None,
     samples_per_shard: PerShard = 500,
 ) -> None:
@@ -82,6 +85,7 @@ def table(
         description,
         allow_missing,
         dialogues_per_table,
+        times,
     )
     _tell(build(spec, out, workers, samples_per_shard), out)
 
@@ -192,6 +196,8 @@ def _tell(info: dict, out: Path) -> None:
         for fault in info["faults"][:FAULTS_SHOWN]:
             place = " ".join(filter(None, (fault["split"], fault["key"] or fault["file"])))
             print(f"  {place}: {fault['fault']}; {fault['done']}")
+    for kind, count in info["observed"].items():
+        print(f"observed: {kind}: {count}; `tools/verify_shards.py {out}` lists them")
     print(f"{out}: finished")
 
 

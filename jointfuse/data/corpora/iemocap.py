@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jointfuse.data.build import CorpusSpec, Fault, Row
-from jointfuse.data.clips import read_clips
+from jointfuse.data.clips import read_sound_clips
 from jointfuse.data.corpora.files import some, unusable
 from jointfuse.errors import UserError
 
@@ -142,18 +142,19 @@ def iemocap_corpus(
             label=classes.index(VIEWS[view][turn.code]),
             text=turn.text,
             clip=turn.clip,
-            identity=f"{relative} {turn.clip.stat().st_size}",
+            identity=relative,
             origin=turn.origin,
             start=turn.start,
             end=turn.end,
             extra=dict(zip(("valence", "arousal", "dominance"), turn.attributes, strict=True)),
+            file=turn.clip,
         )
         splits[homes[turn.dialogue]].setdefault(turn.dialogue, []).append(row)
     return CorpusSpec(
         name=name,
         labels=classes,
         splits={split: list(dialogues.values()) for split, dialogues in splits.items()},
-        render=read_clips,
+        render=read_sound_clips,
         source="IEMOCAP_full_release, SAIL, University of Southern California",
         licence="of the release: by agreement with USC, for research",
         description=f"IEMOCAP, view {view!r}: {', '.join(classes)}. Test is session {test_session}, dev "

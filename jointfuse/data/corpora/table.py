@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jointfuse.data.build import CorpusSpec, Row
 from jointfuse.data.clips import read_clips
+from jointfuse.data.corpora.recordings import with_parts
 from jointfuse.errors import UserError
 
 # What a column may be called when no option names it; upper and lower case, spaces and dashes do not matter.
@@ -52,6 +53,7 @@ def table_corpus(
     description: str = "",
     allow_missing: bool = False,
     dialogues_per_table: bool = False,
+    times: str = "auto",
 ) -> CorpusSpec:
     """Read tables into a corpus to build.
 
@@ -61,10 +63,14 @@ def table_corpus(
         labels: the classes in order; default: those of the training split, sorted.
         allow_missing: take blank text and audio cells (or columns) for utterances without that modality.
         dialogues_per_table: dialogue numbers start again in every split, so equal numbers are different dialogues.
+        times: "auto": rows with start and end on a longer recording are cut out of it; "recorded": every clip is cut
+            already, and its times are a record only.
 
     Raises:
         UserError: with table, row and way out, for anything that is not as it should be. Nothing has been written.
     """
+    if times not in ("auto", "recorded"):
+        raise UserError(f"--times {times}: give auto or recorded")
     lines: list[_Line] = []
     for split, path in tables:
         lines.extend(_read(path, split, columns or {}, allow_missing))
@@ -87,10 +93,11 @@ def table_corpus(
             dialogue = f"{line.split}_{dialogue}"
         rows = dialogues.setdefault(dialogue, [])
         rows.append(_row(line, dialogue, len(rows), labels, allow_missing))
+    listed = {split: list(dialogues.values()) for split, dialogues in splits.items()}
     return CorpusSpec(
         name=name,
         labels=list(labels),
-        splits={split: list(dialogues.values()) for split, dialogues in splits.items()},
+        splits=with_parts(listed) if times == "auto" else listed,
         render=read_clips,
         source=source,
         licence=licence,
@@ -226,6 +233,8 @@ def _row(line: _Line, dialogue: str, position: int, labels: Sequence[str], allow
     elif not text and not audio:
         raise UserError(f"{origin}: neither text nor audio; fill one of the two or delete the row")
     path = line.folder / audio if audio else None
+    if path:
+        _check_clip(path, origin)
     return Row(
         dialogue=dialogue,
         turn=_turn(cells["turn"], origin) if "turn" in cells else position,
@@ -233,20 +242,19 @@ def _row(line: _Line, dialogue: str, position: int, labels: Sequence[str], allow
         label=labels.index(label),
         text=text,
         clip=path,
-        identity=f"{audio} {_clip_bytes(path, origin)}" if path else "",
+        identity=audio,
         origin=origin,
         start=seconds_of(cells.get("start", ""), origin),
         end=seconds_of(cells.get("end", ""), origin),
+        file=path,
     )
 
 
-def _clip_bytes(path: Path, origin: str) -> int:
+def _check_clip(path: Path, origin: str) -> None:
     if not path.is_file():
         raise UserError(f"{origin}: clip {path} is missing; paths are relative to the table's folder")
-    size = path.stat().st_size
-    if size == 0:
+    if path.stat().st_size == 0:
         raise UserError(f"{origin}: clip {path} is an empty file; replace it or blank the cell")
-    return size
 
 
 def _turn(cell: str, origin: str) -> int:
@@ -268,7 +276,7 @@ def seconds_of(cell: str, origin: str) -> float | None:
         for part in cell.replace(",", ".").split(":"):
             seconds = seconds * 60 + float(part)
         if math.isfinite(seconds):
-            return round(seconds, 3)
+            return round(seconds, 6)  # finer than a sample
     except ValueError:
         pass
     raise UserError(f"{origin}: {cell!r} is no time; write seconds or HH:MM:SS.mmm")
