@@ -1,5 +1,6 @@
 """Sound files that are damaged, that cancel out, that clip, or that libsndfile does not read."""
 
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -105,6 +106,21 @@ def test_what_libsndfile_does_not_read_goes_through_ffmpeg_and_is_refused_where_
     assert np.argmax(np.abs(np.fft.rfft(waveform[:16_000]))) == pytest.approx(16_000 / 9 / 2 / np.pi, abs=3)
     with pytest.raises(MediaError):
         hear(cut(path, 0.6))
+
+
+def test_frames_that_are_missing_are_counted_in_what_can_be_read(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", VOICE, 16_000)
+    data = (tmp_path / "a.flac").read_bytes()
+    frames = [match.start() for match in re.finditer(b"\xff\xf8", data)]
+    (tmp_path / "a.flac").write_bytes(data[: frames[5]])  # of 4096 samples each
+    with pytest.raises(Damaged, match=r"header promises 3\.00 s, 1\.2\d s can be read"):
+        hear(tmp_path / "a.flac")
+    soundfile.write(tmp_path / "a.ogg", np.tile(VOICE, 20), 16_000)
+    data = (tmp_path / "a.ogg").read_bytes()
+    pages = [match.start() for match in re.finditer(b"OggS", data)]
+    (tmp_path / "a.ogg").write_bytes(data[: pages[4]] + data[pages[8] :])
+    with pytest.raises(Damaged, match=r"header promises 60\.00 s, \d\d\.\d\d s can be read"):
+        hear(tmp_path / "a.ogg")
 
 
 def test_a_flac_with_a_tag_in_front_or_without_a_length_is_heard(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,7 +42,7 @@ def hear(path: Path) -> Sound:
             with soundfile.SoundFile(opened.fileno(), closefd=False) as file:
                 if _known_length(file):
                     _check_end(file, opened)
-                    return _read(file)
+                    return _read(file, opened)
         except soundfile.LibsndfileError as error:
             if error.code == MALFORMED:
                 raise Undecodable(reason(error)) from error
@@ -71,8 +72,9 @@ def _known_length(file: soundfile.SoundFile) -> bool:
     return file.format != "MP3" and file.frames < UNTOLD
 
 
-def _read(file: soundfile.SoundFile) -> Sound:
+def _read(file: soundfile.SoundFile, opened: BinaryIO) -> Sound:
     """Its sound. Raises MediaError."""
+    promised = file.frames / file.samplerate
     block = BLOCK // file.channels
     parts, frames = [], 0
     try:
@@ -82,14 +84,25 @@ def _read(file: soundfile.SoundFile) -> Sound:
             if len(parts[-1]) < block:
                 break
     except soundfile.SoundFileError as error:
-        raise Damaged(cut_off(file.frames / file.samplerate, max(frames, file.tell()) / file.samplerate)) from error
+        raise Damaged(cut_off(promised, _seconds_that_decode(opened))) from error
     if not frames:
         raise EmptyAudio("0 samples")
     if frames < file.frames - SHORT * file.samplerate:
-        raise Damaged(cut_off(file.frames / file.samplerate, frames / file.samplerate))
+        raise Damaged(cut_off(promised, frames / file.samplerate))
     samples = parts[0] if len(parts) == 1 else np.concatenate(parts)
     full_scale = LOUDEST_SAMPLE.get(file.subtype, FULL_SCALE)
     return to_sound(samples, file.samplerate, full_scale, beyond=file.subtype in FLOATS)
+
+
+def _seconds_that_decode(opened: BinaryIO) -> float:
+    """Of a file that does not decode to its end: libsndfile gives nothing of a read that fails."""
+    os.lseek(opened.fileno(), 0, os.SEEK_SET)
+    frames, rate = 0, 1
+    with suppress(soundfile.SoundFileError), soundfile.SoundFile(opened.fileno(), closefd=False) as file:
+        rate = file.samplerate
+        while part := len(file.read(rate // 100)):
+            frames += part
+    return frames / rate
 
 
 def _check_end(file: soundfile.SoundFile, opened: BinaryIO) -> None:

@@ -1,6 +1,5 @@
 """Rows whose start and end are times in their own file: which of them are parts of a recording."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +42,8 @@ def _rows(splits: Splits) -> Iterator[Row]:
 
 
 def _plain(path: Path) -> Path:
-    """The path without `.` and `..`, so that a file has one name."""
-    return Path(os.path.normpath(path))
+    """The one name of a file, whichever way leads to it."""
+    return path.resolve() if ".." in path.parts else path
 
 
 def _has_times(row: Row) -> bool:
