@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from jointfuse.data.corpora.iemocap import iemocap_corpus, read_release
 from jointfuse.data.corpora.meld import Clip
 from jointfuse.data.corpora.meld import read_clips as read_meld_clips
 from jointfuse.data.corpora.table import table_corpus
+from jointfuse.data.corpora.unpack import unpack
 from jointfuse.errors import UserError
 
 pytestmark = pytest.mark.required
@@ -181,3 +183,16 @@ def test_a_clip_that_is_gone_when_its_shard_is_built_is_named_with_its_row(tmp_p
     with pytest.raises(UserError) as caught:
         build_here(spec, tmp_path / "out")
     assert f"train.csv row 2: clip {clip} cannot be read (No such file or directory); mend that" in str(caught.value)
+
+
+def test_an_archive_is_unpacked_anew_unless_what_lies_there_was_left_by_its_own_unpacking(tmp_path: Path) -> None:
+    archive, folder = tmp_path / "a.tar", tmp_path / "a"
+    (tmp_path / "a.csv").write_bytes(b"new")
+    with tarfile.open(archive, "w") as tar:
+        tar.add(tmp_path / "a.csv", "a.csv")
+    folder.mkdir()
+    (folder / "a.csv").write_bytes(b"old")
+    unpack(archive, folder, (".csv",), goes_on=True)
+    assert (folder / "a.csv").read_bytes() == b"old"
+    unpack(archive, folder, (".csv",))
+    assert (folder / "a.csv").read_bytes() == b"new"

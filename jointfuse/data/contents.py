@@ -38,16 +38,14 @@ class Contents:
             if known and known[:3] == (size, modified, changed):
                 self._hashed[name] = known
             else:
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                self._hashed[name] = (size, modified, changed, digest)
+                self._hashed[name] = (size, modified, changed, _digest(path))
         return self._hashed[name][3]
 
     def check(self) -> None:
-        """Raise UserError where a file is not what it was when it was hashed."""
+        """Raise UserError where a file does not hold what it held when it was hashed."""
         for name, entry in self._hashed.items():
             try:
-                same = _look(Path(name)) == entry[:3]
+                same = _look(Path(name)) == entry[:3] or _digest(Path(name)) == entry[3]
             except OSError:
                 same = False
             if not same:
@@ -56,6 +54,11 @@ class Contents:
     def write(self) -> None:
         """Record the files for a later run."""
         write_json(self._record, self._hashed)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _look(path: Path) -> tuple[int, int, int]:
