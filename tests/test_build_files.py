@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from corpus_helpers import hashes, run_tool, tone, write_clip
+from corpus_helpers import build_here, hashes, run_tool, tone, write_clip
 from distributed import run_ranks
 from release_fixtures import make_ravdess, train_each
 
@@ -264,9 +264,26 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(folder: Path, refused
     assert "t.tsv row 3: 'ann_ang_1' has a row already" in refused()
 
 
-def test_a_clip_that_cannot_be_decoded_ends_the_build_with_its_name(folder: Path, refused: Refused) -> None:
-    soundfile.write(folder / "clips" / "cid_joy_2.wav", np.full(1600, np.nan), 16_000, subtype="FLOAT")
-    assert "cid_joy_2.wav holds values that are not numbers (NaN or infinity); replace it" in refused()
+def test_a_clip_that_cannot_be_decoded_is_left_out_and_named(folder: Path, refused: Refused) -> None:
+    spoilt = [folder / "clips" / f"cid_{name}.wav" for name in ("joy_2", "joy_1", "ang_1", "ang_2")]
+    soundfile.write(spoilt[0], np.full(1600, np.nan), 16_000, subtype="FLOAT")
+    build_here(files_corpus(folder / "clips", read_description(folder / "mine.yaml"), "mine"), folder / "built")
+    corpus = Corpus.open(folder / "built")
+    assert corpus.info["faults"] == [
+        {
+            "split": "dev",
+            "key": None,
+            "file": "cid_joy_2.wav",
+            "fault": "holds values that are not numbers (NaN or infinity)",
+            "done": "left out",
+        }
+    ]
+    assert [corpus.split("dev").sample(i).dialogue for i in range(3)] == ["cid_ang_1", "cid_ang_2", "cid_joy_1"]
+    assert len(corpus.split("dev")) == 3
+    assert not verify(folder / "built", workers=1).faults
+    for path in spoilt[1:]:
+        shutil.copy(spoilt[0], path)
+    assert "out/dev: every clip was left out, the last because it holds values that are not numbers" in refused()
 
 
 def test_numbers_need_no_quotes_and_ranges_keep_their_zeros(folder: Path) -> None:

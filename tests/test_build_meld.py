@@ -228,6 +228,8 @@ def test_the_archive_as_distributed_gives_the_same_bytes_and_is_unpacked_once(
     clips = scratch / "MELD" / "MELD.Raw" / "train" / FOLDERS["train"]
     clips.mkdir(parents=True)
     (clips / "dia0_utt0.mp4").write_bytes(b"half of it, left by a killed run")
+    of_another = clips / "dia0_utt2.mp4"  # as long as that of this archive
+    of_another.write_bytes(bytes((raw[0] / FOLDERS["train"] / of_another.name).stat().st_size))
     spec = meld_corpus(outer, scratch=scratch, published=raw[1])
     stamps = {path: path.stat().st_mtime_ns for path in scratch.rglob("*")}
     assert not (clips / "notes.txt").exists(), "neither a clip nor a table"

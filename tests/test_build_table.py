@@ -31,8 +31,8 @@ from scipy.signal import resample_poly
 from jointfuse.data.build import CorpusSpec, build, dialogue_keys, locked
 from jointfuse.data.clips import load_clip, read_clips
 from jointfuse.data.corpora.table import table_corpus
-from jointfuse.data.media import mono
 from jointfuse.data.shards import Corpus
+from jointfuse.data.sound import to_sound
 from jointfuse.data.verify import verify
 from jointfuse.errors import UserError
 
@@ -254,7 +254,7 @@ def test_a_clip_of_any_rate_is_resampled_as_scipy_does_it(rate: int, channels: i
     common = math.gcd(rate, 16_000)
     expected = resample_poly(samples.mean(axis=1), 16_000 // common, rate // common)
     for _ in range(2):
-        np.testing.assert_array_equal(mono(samples, rate), expected)
+        np.testing.assert_array_equal(to_sound(samples, rate).waveform, expected)
 
 
 def test_a_loud_resampled_clip_never_passes_full_scale(tmp_path: Path) -> None:

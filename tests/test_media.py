@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from meld_fixture import write_mp4
 
-from jointfuse.data.media import EmptyAudio, NoAudioTrack, Undecodable, mono, read_audio
+from jointfuse.data.media import read_media
+from jointfuse.data.sound import EmptyAudio, NoAudioTrack, Undecodable, to_sound
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(44_100, 2), (48_000, 2), (48_000, 1), (22_050, 2)])
@@ -15,11 +16,11 @@ def test_the_sound_of_a_film_is_heard_as_it_was_recorded(tmp_path: Path, rate: i
     time = np.arange(24_000) / 16_000
     wave = 0.4 * np.sin(2 * np.pi * 440 * time)
     write_mp4(tmp_path / "a.mp4", wave, rate, channels)
-    heard = read_audio(tmp_path / "a.mp4")
+    heard = read_media(tmp_path / "a.mp4").waveform
     assert heard.dtype == np.float32
     assert len(heard) == pytest.approx(24_000, abs=1100)
     assert np.abs(heard[2000:22_000] - wave[2000:22_000]).mean() < 0.03
-    assert np.array_equal(heard, read_audio(tmp_path / "a.mp4"))
+    assert np.array_equal(heard, read_media(tmp_path / "a.mp4").waveform)
 
 
 @pytest.mark.parametrize(("codec", "suffix"), [("aac", "mp4"), ("pcm_s16le", "mov"), ("flac", "flac")])
@@ -42,7 +43,7 @@ def test_the_sound_of_a_film_is_that_of_its_frames_one_after_the_other_whatever_
     stereo = np.concatenate(frames, axis=1)
     if kind != "fltp":
         stereo = (stereo.reshape(-1, 2).T / 32768).astype(np.float32)
-    assert np.array_equal(read_audio(path), mono(stereo.T, 16_000))
+    assert np.array_equal(read_media(path).waveform, to_sound(stereo.T, 16_000).waveform)
 
 
 def test_a_file_without_sound_says_which_kind_it_is(tmp_path: Path) -> None:
@@ -58,9 +59,9 @@ def test_a_file_without_sound_says_which_kind_it_is(tmp_path: Path) -> None:
     kinds = {"silent": NoAudioTrack, "empty": EmptyAudio, "text": Undecodable, "damaged": Undecodable}
     for name, kind in kinds.items():
         with pytest.raises(kind) as caught:
-            read_audio(tmp_path / f"{name}.mp4")
+            read_media(tmp_path / f"{name}.mp4")
         assert str(tmp_path) not in str(caught.value)
     with pytest.raises(EmptyAudio):
-        read_audio(tmp_path / "short.mp4")
+        read_media(tmp_path / "short.mp4")
     with pytest.raises(FileNotFoundError):
-        read_audio(tmp_path / "nowhere.mp4")
+        read_media(tmp_path / "nowhere.mp4")

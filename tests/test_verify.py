@@ -137,7 +137,7 @@ def remade(tmp_path: Path, change: Callable[[dict[str, list[Row]], Path], None],
     change(rows, folder)
     for split, content in rows.items():
         write_table(folder / f"{split}.csv", content)
-    spec = table_corpus([(split, folder / f"{split}.csv") for split in rows], "small")
+    spec = table_corpus([(split, folder / f"{split}.csv") for split in rows], "small", times="recorded")
     build_here(replace(spec, **options), tmp_path / "corpus")
     return tmp_path / "corpus"
 

@@ -59,6 +59,9 @@ def table(
     votes: Annotated[
         str | None, typer.Option(help="majority: a clip's rows, one a rater, become one utterance")
     ] = None,
+    times: Annotated[
+        str, typer.Option(help="auto: start and end are cut out of longer recordings; recorded: clips are cut already")
+    ] = "auto",
     workers: Workers = None,
     samples_per_shard: PerShard = 500,
 ) -> None:
@@ -92,6 +95,7 @@ def table(
         dialogues_per_table,
         unlabelled == "context",
         votes,
+        times,
     )
     for line in spec.notes:
         print(line)
@@ -223,6 +227,8 @@ def _tell(info: dict, out: Path) -> None:
         for fault in info["faults"][:FAULTS_SHOWN]:
             place = " ".join(filter(None, (fault["split"], fault["key"] or fault["file"])))
             print(f"  {place}: {fault['fault']}; {fault['done']}")
+    for kind, count in info["observed"].items():
+        print(f"observed: {kind}: {count}; `tools/verify_shards.py {out}` lists them")
     print(f"{out}: finished")
 
 

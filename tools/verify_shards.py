@@ -18,7 +18,8 @@ def command(
     workers: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
 ) -> None:
     """Read a corpus again, all of it: faults (exit status 1), and observations, which are none: silent or clipped
-    clips, the same clip twice, times that run backwards, speakers across splits, a class that a split lacks."""
+    clips, channels that cancelled, rows that overlap, the same clip twice, times that run backwards, speakers across
+    splits, a class that a split lacks."""
     from jointfuse.data.verify import verify
 
     report = verify(corpus, workers)

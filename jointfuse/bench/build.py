@@ -28,7 +28,7 @@ from jointfuse.data.build import CorpusSpec, build
 from jointfuse.data.clips import load_clip
 from jointfuse.data.corpora.meld import COLUMNS, FOLDERS, LABELS, TABLES, meld_corpus
 from jointfuse.data.corpora.table import table_corpus
-from jointfuse.data.media import read_audio
+from jointfuse.data.media import read_media
 from jointfuse.data.mel import INT16, SAMPLE_RATE, MelSums, to_pcm
 from jointfuse.data.parallel import cores, processes
 from jointfuse.errors import UserError
@@ -194,7 +194,7 @@ def _plain(paths: list[Path], with_mel: bool) -> tuple[float, float]:
     mel = MelSums()
     started, used = time.perf_counter(), time.process_time()
     for path in paths:
-        clip = to_pcm(load_clip(path) if path.suffix == ".wav" else read_audio(path))
+        clip = to_pcm(load_clip(path) if path.suffix == ".wav" else read_media(path).waveform)
         soundfile.write(io.BytesIO(), clip, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
         if with_mel:
             mel.add(clip)

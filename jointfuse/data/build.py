@@ -2,7 +2,8 @@
 
 A corpus file under `corpora/` lists rows and knows how to make their sound; everything after that happens here. Each
 shard is one job. A job writes its tar and then its sidecar, each under a temporary name first; the sidecar carries a
-fingerprint of the rows, by which a later run recognises finished shards. corpus.json is written last.
+fingerprint of the rows and of the content of their files, by which a later run recognises finished shards. corpus.json
+is written last.
 """
 
 import errno
@@ -11,16 +12,18 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from jointfuse.data.contents import Contents
 from jointfuse.data.index import FORMAT, UNLABELLED, index_rows, mel_statistics, shard_name, split_record
 from jointfuse.data.mel import MelSums, to_pcm
 from jointfuse.data.parallel import cores, processes, progress
@@ -29,8 +32,11 @@ from jointfuse.errors import UserError
 from jointfuse.files import replacing, write_json
 
 NO_MEL = {"count": 0, "sum": 0.0, "squares": 0.0}
-BUILDER = 2  # raised whenever the same rows would give other bytes
-SHARD_FILE = re.compile(r"shard-\d{6,}\.(tar|json)|\.(shard-\d{6,}\.(tar|json)|index\.bin)\.part|index\.bin")
+BUILDER = 3  # raised whenever the same rows would give other bytes
+SHARD_FILE = re.compile(
+    r"shard-\d{6,}\.(tar|json)|\.(shard-\d{6,}\.(tar|json)|\.shard-\d{6,}\.files|index\.bin)\.part|index\.bin"
+    r"|\.shard-\d{6,}\.files"
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Row:
     start: float | None = None
     end: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # further entries of the sample's JSON
+    file: Path | None = None  # that the sound is in: its content is part of the fingerprint
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,14 @@ class Fault:
 
 
 @dataclass(frozen=True)
+class ObservedClip:
+    """What `render` gives in the place of a waveform of which one should know what it does not show."""
+
+    waveform: np.ndarray  # (S,) float32 at 16 kHz
+    observed: tuple[tuple[str, str], ...]  # kind, what was found
+
+
+@dataclass(frozen=True)
 class FaultyClip:
     """What `render` gives in the place of a waveform that was not as expected; the fields are those of Fault."""
 
@@ -75,17 +90,20 @@ class FaultyClip:
     file: str
     fault: str
     done: str
+    kept: Literal["utterance", "context", "nothing"] = "utterance"  # context: heard before others, without its label
+    observed: tuple[tuple[str, str], ...] = ()
 
 
-Render = Callable[[Sequence[Row]], Iterator[np.ndarray | FaultyClip | None]]
+Render = Callable[[Sequence[Row]], Iterator[np.ndarray | ObservedClip | FaultyClip | None]]
 
 
 @dataclass(frozen=True)
 class CorpusSpec:
     """Everything a corpus will hold, before any sound is made.
 
-    `render` turns the rows of one shard, in order, into waveforms (S,) float32 at 16 kHz (None: no clip; FaultyClip:
-    one to be named). It runs in another process, so it must be importable by name. `faults` are those known before.
+    `render` turns the rows of one shard, in order, into waveforms (S,) float32 at 16 kHz (None: no clip; FaultyClip,
+    ObservedClip: one to be named). It runs in another process, so it must be importable by name. `faults` are those
+    known before.
     """
 
     name: str
@@ -112,7 +130,21 @@ class _Job:
     labels: Sequence[str]
     render: Render
     with_mel: bool
-    fingerprint: str
+    described: str  # hash of all that the shard depends on, but for its rows' files
+
+    @property
+    def sidecar(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    @property
+    def record(self) -> Path:
+        """Of the rows' files, while the corpus is not finished."""
+        return self.path.with_name(f".{self.path.stem}.files")
+
+    def fingerprint(self, contents: Contents) -> str:
+        """Of all that the shard depends on."""
+        hashes = [row.file and contents.hash(row.file) for row in self.rows]
+        return hashlib.sha256(json.dumps([self.described, hashes]).encode()).hexdigest()
 
 
 def build(
@@ -210,13 +242,13 @@ def _jobs(spec: CorpusSpec, split: str, folder: Path, samples_per_shard: int) ->
         shards[-1].extend(sorted(dialogue, key=lambda row: row.turn))
     for number, rows in enumerate(shards):
         names = [f"{keys[row.dialogue]}_{row.turn:03d}" for row in rows]
-        described = [
+        entries = [
             [key, row.dialogue, row.turn, row.speaker, row.label, row.text, row.start, row.end, row.extra, row.identity]
             for key, row in zip(names, rows, strict=True)
         ]
-        content = json.dumps([FORMAT, BUILDER, split, list(spec.labels), described], sort_keys=True)
-        fingerprint = hashlib.sha256(content.encode()).hexdigest()
-        yield _Job(folder / shard_name(number), rows, names, spec.labels, spec.render, split == "train", fingerprint)
+        content = json.dumps([FORMAT, BUILDER, split, list(spec.labels), entries], sort_keys=True)
+        described = hashlib.sha256(content.encode()).hexdigest()
+        yield _Job(folder / shard_name(number), rows, names, spec.labels, spec.render, split == "train", described)
 
 
 def dialogue_keys(split: str, dialogues: list[str]) -> dict[str, str]:
@@ -236,7 +268,7 @@ def dialogue_keys(split: str, dialogues: list[str]) -> dict[str, str]:
 
 def _remove_leftovers(folder: Path, expected: list[_Job]) -> None:
     """Delete what earlier, unfinished runs left and this one will not use."""
-    keep = {path.name for job in expected for path in (job.path, job.path.with_suffix(".json"))}
+    keep = {path.name for job in expected for path in (job.path, job.sidecar, job.record)}
     for path in folder.iterdir():
         if path.name not in keep and SHARD_FILE.fullmatch(path.name):
             path.unlink()
@@ -264,39 +296,53 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _finished(job: _Job) -> bool:
+    """Is the shard there, and were its rows and their files the same?"""
     try:
-        sidecar = json.loads(job.path.with_suffix(".json").read_text(encoding="utf-8"))
-        return sidecar["source"] == job.fingerprint and job.path.stat().st_size == sidecar["bytes"]
+        sidecar = json.loads(job.sidecar.read_text(encoding="utf-8"))
+        if job.path.stat().st_size != sidecar["bytes"]:
+            return False
+        same: bool = sidecar["source"] == job.fingerprint(Contents(job.record))
+        return same
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _work(job: _Job) -> None:
-    sidecar_path = job.path.with_suffix(".json")
-    sidecar_path.unlink(missing_ok=True)  # a stale one must never stand beside a new tar
+    job.sidecar.unlink(missing_ok=True)  # a stale one must never stand beside a new tar
+    contents = Contents(job.record)
     heard = any(row.clip is not None and row.label is not None for row in job.rows)
     mel = MelSums() if job.with_mel and heard else None
-    faults: list[dict[str, Any]] = []
-    sidecar = write_tar(job.path, _utterances(job, faults), mel)
-    sidecar["source"] = job.fingerprint
-    if faults:
-        sidecar["faults"] = faults
+    noted: dict[str, list[dict[str, Any]]] = {"faults": [], "observed": []}
+    sidecar = write_tar(job.path, _utterances(job, contents, noted), mel)
+    contents.check()
+    sidecar["source"] = job.fingerprint(contents)
+    sidecar |= {name: entries for name, entries in noted.items() if entries}
     if job.with_mel:
         sidecar["mel"] = {"count": mel.count, "sum": mel.sum, "squares": mel.squares} if mel else NO_MEL
-    write_json(sidecar_path, sidecar)
+    contents.write()
+    write_json(job.sidecar, sidecar)
 
 
-def _utterances(job: _Job, faults: list[dict[str, Any]]) -> Iterator[Utterance]:
-    """The shard's samples; what is wrong with clips is appended to `faults`."""
-    for key, row, waveform in zip(job.keys, job.rows, job.render(job.rows), strict=True):
-        if isinstance(waveform, FaultyClip):
-            faults.append(fault_record(job.path.parent.name, key, waveform))
-            waveform = waveform.waveform
+def _utterances(job: _Job, contents: Contents, noted: dict[str, list[dict[str, Any]]]) -> Iterator[Utterance]:
+    """The shard's samples. Faults and observations of clips are appended to those of `noted`."""
+    for key, row, clip in zip(job.keys, _hashed(job.rows, contents), job.render(job.rows), strict=True):
+        label = row.label
+        if isinstance(clip, FaultyClip):
+            noted["faults"].append(fault_record(job.path.parent.name, key if clip.kept != "nothing" else None, clip))
+            if clip.kept == "nothing":
+                continue
+            if clip.kept == "context":
+                label = None
+        if isinstance(clip, FaultyClip | ObservedClip):
+            noted["observed"] += [{"key": key, "kind": kind, "found": found} for kind, found in clip.observed]
+            waveform = clip.waveform
+        else:
+            waveform = clip
         if waveform is not None and (waveform.size == 0 or not np.isfinite(waveform).all()):
             raise UserError(f"{row.origin}: the clip is empty or holds values that are not numbers; replace it")
         meta = {
-            "label": row.label,
-            "emotion": None if row.label is None else job.labels[row.label],
+            "label": label,
+            "emotion": None if label is None else job.labels[label],
             "speaker": row.speaker,
             "dialogue": row.dialogue,
             "turn": row.turn,
@@ -304,9 +350,23 @@ def _utterances(job: _Job, faults: list[dict[str, Any]]) -> Iterator[Utterance]:
             "end": row.end,
             **row.extra,
         }
-        clip = None if waveform is None else to_pcm(waveform)
-        label = UNLABELLED if row.label is None else row.label
-        yield Utterance(key, row.text, clip, label, row.speaker, row.dialogue, row.turn, meta)
+        samples = None if waveform is None else to_pcm(waveform)
+        number = UNLABELLED if label is None else label
+        yield Utterance(key, row.text, samples, number, row.speaker, row.dialogue, row.turn, meta)
+
+
+def _hashed(rows: Sequence[Row], contents: Contents) -> Iterator[Row]:
+    """The rows. The file of each is hashed before it is asked for: whatever reads it next finds it in memory."""
+    for row in rows:
+        if row.file is not None:
+            try:
+                contents.hash(row.file)
+            except OSError as error:
+                raise UserError(
+                    f"{row.origin}: clip {row.file} cannot be read ({error.strerror}); "
+                    "mend that and run the same command again"
+                ) from error
+        yield row
 
 
 def fault_record(split: str, key: str | None, fault: Fault | FaultyClip) -> dict[str, Any]:
@@ -352,12 +412,14 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
     speakers = sorted({row.speaker for split in spec.splits.values() for dialogue in split for row in dialogue})
     mel = None
     splits = {}
+    observed = Counter[str]()
     faults = [fault_record(fault.split, None, fault) for fault in spec.faults if fault.split not in spec.splits]
     for split, expected in jobs.items():
         with replacing(out / split / "index.bin") as file:
             file.write(index_rows(_sidecars(expected), speakers).tobytes())
         samples = (sample for sidecar in _sidecars(expected) for sample in sidecar["samples"])
         faults += _faults(spec, split, expected)
+        observed.update(one["kind"] for sidecar in _sidecars(expected) for one in sidecar.get("observed", ()))
         splits[split] = split_record(samples, spec.labels) | {
             "shards": [
                 {
@@ -369,6 +431,8 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
                 for job, sidecar in zip(expected, _sidecars(expected), strict=True)
             ]
         }
+        if not splits[split]["samples"]:
+            raise UserError(f"{out / split}: every clip was left out, the last because it {faults[-1]['fault']}")
         if split == "train":
             mel = dict(zip(("mean", "deviation"), mel_statistics(_sidecars(expected)), strict=True))
     info = {
@@ -383,20 +447,27 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
         "labels": list(spec.labels),
         "mel": mel,
         "splits": splits,
-        **({"rows": _rows(spec, splits)} if spec.rows else {}),
+        **({"rows": _rows(spec, splits, jobs)} if spec.rows else {}),
         "speakers": speakers,
         "faults": faults,
+        "observed": dict(sorted(observed.items())),
     }
+    for job in (job for expected in jobs.values() for job in expected):
+        job.record.unlink(missing_ok=True)
     write_json(out / "corpus.json", info)
     return info
 
 
-def _rows(spec: CorpusSpec, splits: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+def _rows(
+    spec: CorpusSpec, splits: Mapping[str, Mapping[str, Any]], jobs: Mapping[str, list[_Job]]
+) -> dict[str, dict[str, int]]:
     """What became of the rows of the source, by split; those of none stand under ""."""
     rows = {}
     for split, counts in spec.rows.items():
         utterances = splits[split]["samples"] if split in splits else 0
         lost = {reason: count for reason, count in counts.items() if reason != "read"}
+        if damaged := sum(len(job.rows) for job in jobs.get(split, ())) - utterances:
+            lost["damaged clips"] = damaged
         assert counts["read"] == utterances + sum(lost.values()), (split, counts, utterances)
         rows[split] = {"read": counts["read"], "utterances": utterances, **lost}
     return rows
@@ -404,7 +475,7 @@ def _rows(spec: CorpusSpec, splits: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 def _sidecars(jobs: list[_Job]) -> Iterator[dict[str, Any]]:
     """One after the other, read again for each use: those of a large split do not fit into memory together."""
-    return (json.loads(job.path.with_suffix(".json").read_text(encoding="utf-8")) for job in jobs)
+    return (json.loads(job.sidecar.read_text(encoding="utf-8")) for job in jobs)
 
 
 def _faults(spec: CorpusSpec, split: str, jobs: list[_Job]) -> list[dict[str, Any]]:

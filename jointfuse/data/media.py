@@ -1,37 +1,21 @@
-"""Sound out of media files: any container and codec FFmpeg knows, as mono at 16 kHz."""
+"""Sound out of media files: any container and codec FFmpeg knows."""
 
-import math
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from jointfuse.data.sound import Damaged, EmptyAudio, NoAudioTrack, Sound, Undecodable, to_sound
 
-from jointfuse.data.mel import SAMPLE_RATE
-
-
-class MediaError(ValueError):
-    """A file that gives no sound. The message says why, without the file's path."""
+SHORT = 0.5  # seconds by which a track may end before its container says so
+XING_FLAG_FRAMES = 1
 
 
-class Undecodable(MediaError):
-    """FFmpeg cannot read the file or its sound."""
-
-
-class NoAudioTrack(MediaError):
-    """A media file, but one that is silent by construction."""
-
-
-class EmptyAudio(MediaError):
-    """There is an audio track, without a single sample."""
-
-
-def read_audio(path: Path) -> np.ndarray:
-    """The first audio track of a media file as (S,) float32, 16 kHz mono, peak at most 1.
+def read_media(path: Path) -> Sound:
+    """The first audio track of a media file.
 
     One packet that does not decode condemns the whole file: with it left out, the rest would move in time.
 
     Raises:
-        Undecodable, NoAudioTrack, EmptyAudio: all of them MediaError.
+        Undecodable, NoAudioTrack, EmptyAudio, Damaged: all of them MediaError.
         OSError: the file is not there or may not be read.
     """
     import av  # a tenth of a second, and corpora of text alone never need it
@@ -41,10 +25,8 @@ def read_audio(path: Path) -> np.ndarray:
     rates = set()
     joined = av.AudioFifo()  # an array a frame takes longer to join than to decode
     try:
-        # With the protocol named, no name of a file is taken for an address.
-        with av.open(f"file:{path}", metadata_errors="ignore") as container:
-            if not container.streams.audio:
-                raise NoAudioTrack("no audio track")
+        with _opened(path) as container:
+            promised = _promised(container, path)
             planes = av.AudioResampler(format="fltp")
             for frame in container.decode(container.streams.audio[0]):
                 rates.add(frame.sample_rate)
@@ -53,44 +35,72 @@ def read_audio(path: Path) -> np.ndarray:
                     joined.write(part)
     except av.FFmpegError as error:
         raise Undecodable(error.strerror or type(error).__name__) from error
-    except MediaError:
+    except (NoAudioTrack, Damaged):
         raise
     except ValueError as error:  # the resampler, of a frame unlike the first
         raise Undecodable("its rate or channels change within the track") from error
     heard = joined.read()
     if heard is None:
         raise EmptyAudio("no samples")
+    rate = rates.pop()
     samples = heard.to_ndarray()  # (channels, S)
-    if not np.isfinite(samples).all():
-        raise Undecodable("values that are not numbers")
-    return mono(samples.T, rates.pop())
+    seconds = samples.shape[1] / rate
+    if promised is not None and seconds < promised - SHORT:
+        raise Damaged(cut_off(promised, seconds))
+    return to_sound(samples.T, rate)
 
 
-def mono(samples: np.ndarray, rate: int) -> np.ndarray:
-    """(S, channels) float32 at `rate` Hz -> (S,) float32 at 16 kHz: the mean of the channels, peak at most 1."""
-    waveform = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
-    waveform = resampled(waveform, rate)
-    peak = np.abs(waveform).max()
-    return waveform / peak if peak > 1 else waveform
+def has_sound(path: Path) -> bool:
+    """Does FFmpeg find an audio track in the file? Nothing is decoded."""
+    import av
+
+    try:
+        with _opened(path):
+            return True
+    except (av.FFmpegError, NoAudioTrack):
+        return False
 
 
-def resampled(waveform: np.ndarray, rate: int) -> np.ndarray:
-    """(S,) float32 at `rate` Hz -> (S,) float32 at 16 kHz, by scipy's polyphase filter."""
-    if rate == SAMPLE_RATE:
-        return waveform
-    # It takes longer to import than most clips take to read.
-    from scipy.signal import resample_poly
-
-    # torchaudio's Resample would build a kernel of hundreds of megabytes for rates such as 24,414 Hz.
-    common = math.gcd(rate, SAMPLE_RATE)
-    up, down = SAMPLE_RATE // common, rate // common
-    result: np.ndarray = resample_poly(waveform, up, down, window=_low_pass(max(up, down)))
-    return result
+def cut_off(promised: float, present: float) -> str:
+    """What is said of a file that ends before its header says, in seconds."""
+    return f"is cut off or damaged: its header promises {promised:.2f} s, {present:.2f} s can be read"
 
 
-@lru_cache(maxsize=4)
-def _low_pass(factor: int) -> np.ndarray:
-    """(20 factor + 1,) float32: the filter that resample_poly would design for every clip anew."""
-    from scipy.signal import firwin
+def _opened(path: Path) -> Any:
+    """The container, with an audio track. Raises NoAudioTrack or FFmpegError."""
+    import av
 
-    return firwin(20 * factor + 1, 1 / factor, window=("kaiser", 5.0)).astype(np.float32)
+    # With the protocol named, no name of a file is taken for an address.
+    container = av.open(f"file:{path}", metadata_errors="ignore")
+    if not container.streams.audio:
+        container.close()
+        raise NoAudioTrack("no audio track")
+    return container
+
+
+def _promised(container: Any, path: Path) -> float | None:
+    """The seconds that the file's header says, where it does: of others FFmpeg makes an estimate from the file's size.
+
+    An MP4 that was cut off ends within a packet, which does not decode.
+    """
+    if container.format.name == "mp3":
+        frames = _xing_frames(path)
+        codec = container.streams.audio[0].codec_context
+        return None if frames is None else frames * (1152 if codec.sample_rate >= 32_000 else 576) / codec.sample_rate
+    if container.format.name == "matroska,webm" and len(container.streams) == 1 and container.duration is not None:
+        return float(container.duration - max(0, container.start_time or 0)) / 1e6
+    return None
+
+
+def _xing_frames(path: Path) -> int | None:
+    """The number of frames that the first frame of an MP3 file tells, if it tells one."""
+    with path.open("rb") as file:
+        head = file.read(10)
+        tag = 10 + sum(byte << 7 * place for place, byte in enumerate(reversed(head[6:]))) if head[:3] == b"ID3" else 0
+        file.seek(tag)
+        first = file.read(2048)
+    for name in (b"Xing", b"Info"):
+        place = first.find(name)
+        if place >= 0 and int.from_bytes(first[place + 4 : place + 8], "big") & XING_FLAG_FRAMES:
+            return int.from_bytes(first[place + 8 : place + 12], "big")
+    return None

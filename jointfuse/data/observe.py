@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from jointfuse.data.mel import INT16
 from jointfuse.data.shards import Utterance
+from jointfuse.data.sound import CLIPPED, CLIPPED_SHARE, FULL_SCALE
 
 SILENT_DB = -60.0  # dB of full scale: a clip whose root mean square is below is silent
-CLIPPED_SHARE = 0.001  # of a clip's samples at full scale: with more it is clipped
-FULL_SCALE = 32767
 LISTED = 20  # of each kind are written out, the others counted
 UNKNOWN_SPEAKER = "unknown"  # what a table without speakers gives every row
 LACKING_CLASS = "split that lacks a class"
@@ -55,9 +55,10 @@ def observe_clip(waveform: np.ndarray) -> Iterator[tuple[str, str]]:
     level = 10 * math.log10(power) if power else -math.inf
     if level < SILENT_DB:
         yield f"silent clip (below {SILENT_DB:.0f} dB)", "digital silence" if power == 0 else f"{level:.0f} dB"
-    share = float(((waveform >= FULL_SCALE) | (waveform <= -FULL_SCALE)).mean())
+    full_scale = round(FULL_SCALE * INT16)
+    share = float(((waveform >= full_scale) | (waveform <= -full_scale)).mean())
     if share > CLIPPED_SHARE:
-        yield f"clipped clip (over {CLIPPED_SHARE:.1%} at full scale)", f"{share:.1%} of its samples at full scale"
+        yield CLIPPED, f"{share:.1%} of its samples at full scale"
 
 
 def observe_times(utterance: Utterance, before: Utterance | None) -> Iterator[tuple[str, str]]:

@@ -31,6 +31,7 @@ import soundfile
 from jointfuse.data.cache import ShardCache
 from jointfuse.data.index import FORMAT, INDEX_DTYPE, UNLABELLED
 from jointfuse.data.mel import SAMPLE_RATE, MelSums
+from jointfuse.data.sound import reason
 from jointfuse.errors import UserError
 from jointfuse.files import replacing
 
@@ -169,7 +170,7 @@ def decode_flac(data: bytes) -> np.ndarray:
     try:
         waveform, rate = soundfile.read(io.BytesIO(data), dtype="int16")
     except soundfile.SoundFileError as error:
-        raise ValueError(f"its audio does not decode: {error}") from error
+        raise ValueError(f"its audio does not decode ({reason(error)})") from error
     if rate != SAMPLE_RATE or waveform.ndim != 1:
         raise ValueError(f"its audio is not {SAMPLE_RATE} Hz mono")
     if waveform.size == 0:

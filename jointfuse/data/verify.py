@@ -64,7 +64,7 @@ def verify(path: str | Path, workers: int | None = None) -> Report:
     the sidecars; a stray shard; speakers in two splits of a corpus that says it is speaker-independent.
 
     Observations: silent and clipped clips, times that run backwards, the same clip twice, speakers across splits, a
-    class that a split lacks.
+    class that a split lacks, and what the build has noted of clips that they do not show any more.
 
     Raises:
         UserError: there is no corpus to verify.
@@ -123,6 +123,7 @@ def _check_shard(path: Path, recorded: dict[str, Any], labels: list[str]) -> _Ch
         return _Checked([str(error)])
     faults: list[str] = []
     observations = Observations()
+    known = _observed_before(sidecar)
     digests = np.zeros(len(sidecar["samples"]), DIGEST)
     before: Utterance | None = None
     last: dict[str, Any] = {"dialogue": None}
@@ -144,6 +145,8 @@ def _check_shard(path: Path, recorded: dict[str, Any], labels: list[str]) -> _Ch
                     faults.append(f"{place} at byte {entry['offset']}: the sample before ends at byte {end}")
                 end = entry["offset"] + entry["size"]
                 tar.seek(entry["offset"])
+                for kind, line in known.get(entry["key"], {}).items():
+                    observations.note(kind, f"{place}: {line}")
                 digests[number]["key"] = digest(entry["key"].encode())
                 digests[number]["dialogue"] = digest(entry["dialogue"].encode())
                 if entry["dialogue"] == last["dialogue"] and entry["turn"] <= last["turn"]:
@@ -160,7 +163,8 @@ def _check_shard(path: Path, recorded: dict[str, Any], labels: list[str]) -> _Ch
                     if utterance.waveform is not None:
                         digests[number]["clip"] = digest(utterance.waveform.tobytes())
                         for kind, line in observe_clip(utterance.waveform):
-                            observations.note(kind, f"{place}: {line}")
+                            if kind not in known.get(entry["key"], {}):
+                                observations.note(kind, f"{place}: {line}")
                 before = utterance
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 faults.append(f"{path}: a sidecar entry is not as it should be ({error!r})")
@@ -168,6 +172,14 @@ def _check_shard(path: Path, recorded: dict[str, Any], labels: list[str]) -> _Ch
         if tar.read().strip(b"\0"):
             faults.append(f"{path}: data that the sidecar does not know after byte {end}")
     return _Checked(faults, observations, digests)
+
+
+def _observed_before(sidecar: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Key -> kind -> what was observed when the shard was built, of what its clip does not show any more."""
+    known: dict[str, dict[str, str]] = {}
+    for one in sidecar.get("observed", ()):
+        known.setdefault(one["key"], {})[one["kind"]] = one["found"]
+    return known
 
 
 def _check_sample(data: bytes, entry: dict[str, Any], labels: list[str]) -> tuple[Utterance | None, list[str]]:

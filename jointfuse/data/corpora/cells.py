@@ -38,7 +38,7 @@ def seconds_of(cell: str, origin: str) -> float | None:
         for part in cell.replace(",", ".").split(":"):
             seconds = seconds * 60 + float(part)
         if math.isfinite(seconds):
-            return round(seconds, 3)
+            return round(seconds, 6)  # finer than a sample
     except ValueError:
         pass
     raise UserError(f"{origin}: {cell!r} is no time; write seconds or HH:MM:SS.mmm")

@@ -8,17 +8,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import soundfile
-
 from jointfuse.data.build import CorpusSpec, Fault, Row
-from jointfuse.data.clips import read_clips
+from jointfuse.data.clips import read_sound_clips, words
 from jointfuse.data.corpora.cells import read_table
 from jointfuse.data.corpora.descriptions import SPLITS, FileCorpus, Table, compiled, unknown
 from jointfuse.data.corpora.names import plain_name, plain_text
 from jointfuse.data.corpora.table import UNKNOWN_SPEAKER
+from jointfuse.data.soundfiles import header_fault
 from jointfuse.errors import UserError
 
-SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".au")
+SUFFIXES = (
+    *(".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd", ".w64", ".caf"),
+    *(".m4a", ".mp4", ".mov", ".3gp", ".aac", ".ac3", ".mp2", ".amr", ".awb", ".wma", ".webm", ".mka", ".mkv", ".avi"),
+)
 NAMED = 3  # of many files, so many are named
 
 
@@ -50,16 +52,17 @@ def files_corpus(raw: str | Path, described: FileCorpus, name: str) -> CorpusSpe
             label=classes.index(label),
             text=_looked_up(clip.path, "text", text, described.texts) if described.texts else text,
             clip=clip.path,
-            identity=f"{clip.name} {clip.path.stat().st_size}",
+            identity=clip.name + clip.path.suffix,
             origin=clip.path.relative_to(raw).as_posix(),
             extra=fields,
+            file=clip.path,
         )
         splits[home.get(speaker, "train")].append([row])
     return CorpusSpec(
         name=name,
         labels=classes,
         splits=splits,
-        render=read_clips,
+        render=read_sound_clips,
         source=described.source,
         licence=described.licence,
         description=described.description,
@@ -130,9 +133,9 @@ def unusable(path: Path) -> str | None:
     if path.stat().st_size == 0:
         return "an empty file"
     try:
-        return None if soundfile.info(path).frames else "0 samples"
-    except soundfile.SoundFileError:
-        return "no sound that can be read"
+        return header_fault(path)
+    except OSError as error:
+        return words(error)
 
 
 def _sound_files(raw: Path) -> list[Path]:

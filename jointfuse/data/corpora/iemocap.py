@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jointfuse.data.build import CorpusSpec, Fault, Row
-from jointfuse.data.clips import read_clips
+from jointfuse.data.build import CorpusSpec, Fault, FaultyClip, Row
+from jointfuse.data.clips import Clip, read_sound_clips
 from jointfuse.data.corpora.files import some, unusable
 from jointfuse.errors import UserError
 
@@ -160,11 +160,12 @@ def iemocap_corpus(
             label=classes.index(VIEWS[view][turn.code]) if usable else None,
             text=turn.text,
             clip=turn.clip,
-            identity=_identity(release, turn.clip) if turn.clip else "",
+            identity=turn.clip.relative_to(release.path).as_posix() if turn.clip else "",
             origin=turn.origin,
             start=turn.start,
             end=turn.end,
             extra=dict(zip(("valence", "arousal", "dominance"), turn.attributes, strict=True)),
+            file=turn.clip,
         )
         splits[homes[turn.dialogue]].setdefault(turn.dialogue, []).append(row)
     missing = list(release.missing)
@@ -178,7 +179,7 @@ def iemocap_corpus(
         name=name,
         labels=classes,
         splits={split: list(dialogues.values()) for split, dialogues in splits.items()},
-        render=read_clips,
+        render=read_turns,
         source="IEMOCAP_full_release, SAIL, University of Southern California",
         licence="of the release: by agreement with USC, for research",
         description=f"IEMOCAP, view {view!r}: {', '.join(classes)}. Test is session {test_session}, dev "
@@ -193,8 +194,10 @@ def iemocap_corpus(
     )
 
 
-def _identity(release: Release, clip: Path) -> str:
-    return f"{clip.relative_to(release.path).as_posix()} {clip.stat().st_size}"
+def read_turns(rows: Sequence[Row]) -> Iterator[Clip | FaultyClip]:
+    """Each turn's clip, at 16 kHz. A turn whose clip is damaged is heard before others, and no more."""
+    for clip in read_sound_clips(rows):
+        yield replace(clip, kept="context", done=HEARD) if isinstance(clip, FaultyClip) else clip
 
 
 def _labelled(dialogues: Iterable[Sequence[Row]]) -> bool:

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from jointfuse.data.build import CorpusSpec, Fault, FaultyClip, Row
+from jointfuse.data.build import CorpusSpec, Fault, FaultyClip, ObservedClip, Row
 from jointfuse.data.corpora.cells import csv_rows, seconds_of
 from jointfuse.data.corpora.meld_places import FOLDERS, TABLES, find_places
 from jointfuse.data.corpora.text import LOST, repair
-from jointfuse.data.media import EmptyAudio, MediaError, NoAudioTrack, Undecodable, read_audio
-from jointfuse.data.mel import SAMPLE_RATE
+from jointfuse.data.media import read_media
 from jointfuse.data.parallel import preload
+from jointfuse.data.sound import Damaged, EmptyAudio, MediaError, NoAudioTrack, Undecodable
 from jointfuse.errors import UserError
 
 LABELS = ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")
@@ -249,12 +249,11 @@ class _Table:
 
     def add_clips(self, folder: Path, partial: bool) -> tuple[list[Fault], set[str]]:
         """Give every row the clip of its name in `folder`; the faults, and the clips that are not there."""
-        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
+        files = {entry.name for entry in os.scandir(folder) if entry.is_file()}
         faults, lacking = [], set()
         for clip, row in self.rows.items():
             file, known = f"{FOLDERS[self.split]}/{clip}.mp4", self.known(clip)
-            size = sizes.get(f"{clip}.mp4")
-            if size is None:
+            if f"{clip}.mp4" not in files:
                 lacking.add(clip)
                 faults.append(Fault(self.split, file, *_words("missing", known), utterance=(row.dialogue, row.turn)))
                 continue
@@ -262,7 +261,7 @@ class _Table:
             assert row.end is not None
             seconds = row.end - row.start if row.end > row.start else None
             sound = Clip(folder.parent, file, seconds, known)
-            self.rows[clip] = replace(row, clip=sound, identity=f"{file} {size}")
+            self.rows[clip] = replace(row, clip=sound, identity=file, file=folder.parent / file)
         if len(lacking) > MOST_MISSING * len(self.rows) and not partial:
             raise UserError(
                 f"{folder}: {len(lacking)} of the {len(self.rows)} clips that {self.path.name} lists are missing; "
@@ -333,25 +332,30 @@ def _strays(table: _Table, folder: Path, lacking_elsewhere: Mapping[str, str]) -
 # -------------------------------------------------------------------------------------------------------------- clips
 
 
-def read_clips(rows: Sequence[Row]) -> Iterator[np.ndarray | FaultyClip | None]:
+def read_clips(rows: Sequence[Row]) -> Iterator[np.ndarray | ObservedClip | FaultyClip | None]:
     """Each row's sound, (S,) float32 at 16 kHz, checked against the row's times; None where it has no clip."""
-    kinds: dict[type[MediaError], str] = {Undecodable: "undecodable", NoAudioTrack: "silent", EmptyAudio: "empty"}
+    kinds: dict[type[MediaError], str] = {
+        Undecodable: "undecodable",
+        NoAudioTrack: "silent",
+        EmptyAudio: "empty",
+        Damaged: "damaged",
+    }
     for row in rows:
         clip: Clip | None = row.clip
         if clip is None:
             yield None
             continue
         try:
-            waveform = read_audio(clip.root / clip.file)
+            sound = read_media(clip.root / clip.file)
         except MediaError as error:
             yield FaultyClip(None, clip.file, *_words(kinds[type(error)], clip.known, str(error)))
             continue
-        seconds = len(waveform) / SAMPLE_RATE
+        seconds, observed = sound.seconds, tuple(sound.observed())
         said = "no time" if clip.seconds is None else f"{clip.seconds:.2f} s"
         detail = f"{seconds:.2f} s, its row says {said}"
         if seconds > MINUTES:
             yield FaultyClip(None, clip.file, *_words("minutes", clip.known, detail))
         elif clip.seconds is not None and abs(seconds - clip.seconds) > TOLERANCE:
-            yield FaultyClip(waveform, clip.file, *_words("differs", clip.known, detail))
+            yield FaultyClip(sound.waveform, clip.file, *_words("differs", clip.known, detail), observed=observed)
         else:
-            yield waveform
+            yield ObservedClip(sound.waveform, observed) if observed else sound.waveform

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jointfuse.data.corpora.unpack import is_archive, unpack
 from jointfuse.errors import UserError
-from jointfuse.files import replacing
+from jointfuse.files import write_text
 
 TABLES = {split: f"{split}_sent_emo.csv" for split in ("train", "dev", "test")}
 FOLDERS = {"train": "train_splits", "dev": "dev_splits_complete", "test": "output_repeated_splits_test"}
@@ -46,13 +46,22 @@ def find_places(raw: Path, scratch: Path | None, text_only: bool, partial: bool)
 
 
 def _unpack_once(archive: Path, scratch: Path, endings: tuple[str, ...]) -> None:
-    stem = archive.name.split(".")[0]
-    done = f"{archive.stat().st_size} {' '.join(endings)}\n"
-    marker = scratch / f"{stem}.unpacked"
-    if not marker.is_file() or marker.read_text(encoding="utf-8") != done:
-        unpack(archive, scratch / stem, endings)
-        with replacing(marker) as file:
-            file.write(done.encode())
+    """Unless this very archive was unpacked before. What an unpacking of it left when it was killed stays."""
+    stem, status = archive.name.split(".")[0], archive.stat()
+    content = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {' '.join(endings)}\n"
+    begun, done = (scratch / f"{stem}.{marker}" for marker in ("unpacking", "unpacked"))
+    if _holds(done, content):
+        return
+    goes_on = _holds(begun, content)
+    scratch.mkdir(parents=True, exist_ok=True)
+    write_text(begun, content)
+    unpack(archive, scratch / stem, endings, goes_on)
+    write_text(done, content)
+    begun.unlink()
+
+
+def _holds(marker: Path, content: str) -> bool:
+    return marker.is_file() and marker.read_bytes() == content.encode()
 
 
 def _search(root: Path, wanted: Sequence[str], deepest: int) -> dict[str, Path]:

@@ -18,6 +18,7 @@ from jointfuse.data.corpora.labels import (
     votes_of,
 )
 from jointfuse.data.corpora.parts import Line, describe_parts, read_parts
+from jointfuse.data.corpora.recordings import with_parts
 from jointfuse.errors import UserError
 
 UNKNOWN_SPEAKER = "unknown"
@@ -35,6 +36,7 @@ def table_corpus(
     dialogues_per_table: bool = False,
     unlabelled: bool = False,
     votes: str | None = None,
+    times: str = "auto",
 ) -> CorpusSpec:
     """Read tables into a corpus to build.
 
@@ -46,12 +48,16 @@ def table_corpus(
         dialogues_per_table: dialogue numbers start again in every split, so equal numbers are different dialogues.
         unlabelled: take rows with a blank label for turns that are heard before others, and no more.
         votes: "majority": the rows of one clip are its raters' votes; it gets the label most of them gave.
+        times: "auto": rows with start and end on a longer recording are cut out of it; "recorded": every clip is cut
+            already, and its times are a record only.
 
     Raises:
         UserError: with table, row and way out, for anything that is not as it should be. Nothing has been written.
     """
     if votes not in (None, "majority"):
         raise UserError(f"--votes {votes}: there is only `majority`")
+    if times not in ("auto", "recorded"):
+        raise UserError(f"--times {times}: give auto or recorded")
     read = [read_parts(path, split, columns or {}, allow_missing) for split, path in tables]
     lines = [line for table in read for line in table.lines]
     rows = {split: {"read": count} for split, count in Counter(line.split for line in lines).items()}
@@ -62,7 +68,7 @@ def table_corpus(
         every = votes_of(lines)
         lines, faults = [line for poll in every if (line := poll.elected)], tied_votes(every)
         for split in rows.keys() - {line.split for line in lines}:
-            raise UserError(f"{tables[0][1]}: every vote of split {split!r} is tied; give it more votes or leave it out")
+            raise UserError(f"{tables[0][1]}: every vote of split {split!r} is tied; leave it out or add votes")
         rows = {split: counts | lost_votes(every).get(split, {}) for split, counts in rows.items()}
     else:
         check_one_label(lines)
@@ -79,10 +85,11 @@ def table_corpus(
             dialogue = f"{line.split}_{dialogue}"
         turns = dialogues.setdefault(dialogue, [])
         turns.append(_row(line, dialogue, len(turns), classes, allow_missing))
+    listed = {split: list(dialogues.values()) for split, dialogues in splits.items()}
     return CorpusSpec(
         name=name,
         labels=classes,
-        splits={split: list(dialogues.values()) for split, dialogues in splits.items()},
+        splits=with_parts(listed) if times == "auto" else listed,
         render=read_clips,
         source=source,
         licence=licence,
@@ -103,6 +110,8 @@ def _row(line: Line, dialogue: str, position: int, labels: Sequence[str], allow_
     elif not text and not audio:
         raise UserError(f"{origin}: neither text nor audio; fill one of the two or delete the row")
     path = line.folder / audio if audio else None
+    if path:
+        _check_clip(path, origin)
     return Row(
         dialogue=dialogue,
         turn=_turn(cells["turn"], origin) if "turn" in cells else position,
@@ -110,20 +119,19 @@ def _row(line: Line, dialogue: str, position: int, labels: Sequence[str], allow_
         label=class_number(line, labels),
         text=text,
         clip=path,
-        identity=f"{audio} {_clip_bytes(path, origin)}" if path else "",
+        identity=audio,
         origin=origin,
         start=seconds_of(cells.get("start", ""), origin),
         end=seconds_of(cells.get("end", ""), origin),
+        file=path,
     )
 
 
-def _clip_bytes(path: Path, origin: str) -> int:
+def _check_clip(path: Path, origin: str) -> None:
     if not path.is_file():
         raise UserError(f"{origin}: clip {path} is missing; paths are relative to the table's folder")
-    size = path.stat().st_size
-    if size == 0:
+    if path.stat().st_size == 0:
         raise UserError(f"{origin}: clip {path} is an empty file; replace it or blank the cell")
-    return size
 
 
 def _turn(cell: str, origin: str) -> int:
