@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_helpers import run_tool
+import soundfile
+from corpus_helpers import build_here, run_tool
 from distributed import run_ranks
 from release_fixtures import make_iemocap, train_each
 
@@ -265,3 +266,24 @@ def test_what_is_no_release_is_said_in_one_line(copy: Path, capsys: pytest.Captu
 
 def test_labels_are_named_once_each() -> None:
     assert len(set(LABELS.values())) == len(LABELS) == 11
+
+
+def test_a_turn_whose_clip_does_not_decode_is_heard_by_its_text_and_in_no_way_trained_on(
+    copy: Path, tmp_path: Path
+) -> None:
+    name = "Ses01F_impro01_M001"
+    soundfile.write(
+        copy / "Session1" / "sentences" / "wav" / "Ses01F_impro01" / f"{name}.wav",
+        np.full(9_000, np.nan, dtype=np.float32),
+        16_000,
+        subtype="FLOAT",
+    )
+    build_here(iemocap_corpus(read_release(copy), "iemocap", "all"), tmp_path / "out")
+    (fault,) = Corpus.open(tmp_path / "out").info["faults"]
+    assert fault["file"].endswith(f"{name}.wav")
+    assert fault["done"] == "kept as context, without a label"
+    split = Corpus.open(tmp_path / "out").split(fault["split"])
+    (turn,) = [one for id in range(len(split)) if (one := split.sample(id)).key == fault["key"]]
+    assert (turn.label, turn.meta["label"], turn.waveform) == (UNLABELLED, None, None)
+    assert turn.text
+    assert not verify(tmp_path / "out", workers=1).faults

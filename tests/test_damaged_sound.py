@@ -289,6 +289,13 @@ def test_files_leaves_damaged_clips_out_by_name_and_takes_any_format(tmp_path: P
         "bob_joy.m4a": "no sound that can be read",
     }
     assert all(fault["done"] == "left out" for fault in corpus.info["faults"])
+    assert sum(rows["read"] for rows in corpus.info["rows"].values()) == 7
+    assert sum(rows["utterances"] for rows in corpus.info["rows"].values()) == 4
+    write_clip(clips / "ann_joy.wav", 1)
+    soundfile.write(clips / "ann_joy.wav", np.full(9_000, np.nan, dtype=np.float32), 16_000, subtype="FLOAT")
+    build_here(files_corpus(clips, read_description(description), "mine"), tmp_path / "again")
+    rows = Corpus.open(tmp_path / "again").info["rows"]
+    assert rows["train"] == {"read": 6, "utterances": 4, "damaged clips": 2}
     assert not verify(tmp_path / "out", workers=1).faults
 
 
@@ -311,7 +318,7 @@ def test_the_fault_of_a_clip_names_no_path_of_this_machine(tmp_path: Path) -> No
     cut(tmp_path / "b.mka", 0.6)
     (kept,) = read_meld_clips([row_of(Clip(tmp_path, "b.mka", 3.0, frozenset()), "b.mka")])
     assert isinstance(kept, FaultyClip)
-    assert kept.keep
+    assert kept.kept == "utterance"
     assert kept.fault.startswith("the clip is damaged: is cut off or damaged: its header promises 3.00 s")
 
 
