@@ -86,6 +86,10 @@ class MixedSplit:
         utterance = self.splits[part].sample(own, audio)
         return replace(utterance, label=int(self._label_of[part][utterance.label]))
 
+    def text(self, i: int) -> str:
+        part, own = self._own(i)
+        return self.splits[part].text(own)
+
     def turns_before(self, i: int, number: int) -> list[Utterance]:
         """As `Split.turns_before`: those left out are heard before an utterance as well."""
         part, own = self._own(i)
