@@ -59,6 +59,7 @@ class Position:
     precision: str = "float32"
     files: str = ""
     corpus: str = ""  # digest of corpus.json: the order of utterances is a function of the corpus, wherever it lies
+    mel: list[float] | None = None  # mean and deviation, where they are not the corpus's own
 
     @property
     def layout(self) -> Layout:

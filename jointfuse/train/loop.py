@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jointfuse.config import Config, parse_interval
 from jointfuse.data.augment import Augmentation
@@ -22,11 +21,9 @@ from jointfuse.data.mixture import MixedSplit, open_for_training
 from jointfuse.data.plan import Plan
 from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.stream import stream
-from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
 from jointfuse.evaluate.metrics import HEADLINES, score
 from jointfuse.evaluate.predict import predict
-from jointfuse.model.backbones import pretrained_tokenizer
 from jointfuse.model.export import initialise, save_model
 from jointfuse.model.network import Network
 from jointfuse.train.checkpoint import (
@@ -63,6 +60,7 @@ from jointfuse.train.run_folder import (
     write_status,
 )
 from jointfuse.train.schedule import lr_factor
+from jointfuse.train.start import starting_mel, starting_tokenizer
 from jointfuse.train.vote import Vote
 from jointfuse.train.watchdog import Watchdog
 
@@ -93,8 +91,12 @@ class Trainer:
         self.position = Position(corpus=corpus_digest(self.corpus), **asdict(self.layout))
         if checkpoint:
             self.position = check_resumable(checkpoint, config, self.world_size, self.corpus)
+        elif settings.init_from:
+            self.position.mel = list(starting_mel(config, self.corpus))
+        mean, deviation = self.position.mel or (self.corpus.mel_mean, self.corpus.mel_deviation)
+        self.mel = (mean, deviation)
         torch.manual_seed(settings.seed)
-        self.tokenizer = self._tokenizer()
+        self.tokenizer, self.unread_texts = starting_tokenizer(config, run, self.corpus)
         network = Network(
             config.model,
             len(self.corpus.labels),
@@ -104,8 +106,9 @@ class Trainer:
             checkpointing=settings.checkpointing,
             compiled=settings.compile,
         )
-        if settings.init_from:
-            initialise(network, Path(settings.init_from), self.corpus.labels)
+        self.new_labels: list[str] = []  # that the model this one starts from does not know
+        if settings.init_from and not checkpoint:
+            self.new_labels = initialise(network, Path(settings.init_from), self.corpus.labels)
         network.freeze(settings.freeze)
         self.train_reader, self.dev_reader = self._reader("train"), self._reader("dev")
         self.plan = self._plan()
@@ -119,6 +122,7 @@ class Trainer:
             create_run_folder(run, config, self.world_size)
             if self.tokenizer:
                 self.tokenizer.save_pretrained(run / "tokenizer")
+            note(run / SKIPPED, [{"step": 0, "rank": 0, "why": why} for why in self.unread_texts])
         self.base_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.device = self.engine.device
         self.waited = Waited()
@@ -135,16 +139,6 @@ class Trainer:
         self.evaluate_every = self._in_steps(settings.evaluate_every)
         self.save_every = self._in_steps(settings.save_every)
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
-        model = self.config.model
-        if model.modality == "audio":
-            return None
-        if (self.run / "tokenizer").exists():
-            return AutoTokenizer.from_pretrained(self.run / "tokenizer")
-        if model.text_encoder.scratch:
-            return train_tokenizer(self.corpus.split("train"), model.text_encoder.scratch.vocabulary)
-        return pretrained_tokenizer(model.text_encoder, "model.text_encoder.weights")
-
     def _reader(self, split: str) -> UtteranceReader:
         modality = self.config.model.modality
         return UtteranceReader(
@@ -152,8 +146,7 @@ class Trainer:
             self.config.data,
             self.tokenizer,
             modality != "text",
-            self.corpus.mel_mean,
-            self.corpus.mel_deviation,
+            *self.mel,
         )
 
     def _plan(self) -> Plan:
@@ -342,7 +335,7 @@ class Trainer:
                     self.engine.module.network,
                     self.config,
                     self.corpus.labels,
-                    (self.corpus.mel_mean, self.corpus.mel_deviation),
+                    self.mel,
                     self.tokenizer,
                     {"step": position.step, "epoch": position.epoch, "dev": result},
                 )
@@ -376,6 +369,13 @@ class Trainer:
             f"{division.world_size} ranks x {division.accumulation} accumulated x {division.micro_batch}, "
             f"{self.config.train.deepspeed} on {self.device.type}"
         )
+        if self.new_labels:
+            self.display.line(f"train.init_from knows no {', '.join(self.new_labels)}: their heads begin anew")
+        if self.unread_texts:
+            self.display.line(
+                f"{len(self.unread_texts)} texts could not be read and are not in the tokenizer; {self.run / SKIPPED} "
+                "names them"
+            )
         if position.step:
             self.display.line(
                 f"resumed at step {position.step} (epoch {position.epoch + 1}, batch {position.batch})"
