@@ -129,10 +129,10 @@ def launch_training(
     return status
 
 
-def launch_evaluation(run: Path, split: str, corpus: str | None, ranks: int) -> int:
+def launch_evaluation(run: Path, split: str, corpus: str | None, overrides: list[str], ranks: int) -> int:
     """Evaluate on `ranks` ranks of this machine. Returns the exit status."""
     options = ["--split", split, *(["--corpus", corpus] if corpus else [])]
-    return launch("jointfuse.evaluate", [str(run), *options], ranks)
+    return launch("jointfuse.evaluate", [str(run), *options, *overrides], ranks)
 
 
 def launch(

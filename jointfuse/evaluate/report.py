@@ -70,7 +70,7 @@ def write_report(
     parts = [
         _heading(title, corpus),
         _headlines(score),
-        card("Classes", "F1, precision and recall in percent.", _classes(score, names)),
+        card("Classes", f"F1, precision and recall in percent.{_absent(score)}", _classes(score, names)),
         f'<div class="{"" if many else "pair"}">',
         card(
             "Confusion matrix",
@@ -151,7 +151,7 @@ def _headlines(score: dict) -> str:
     cards = [
         f'<div class="card{" first" if key == "weighted_f1" else ""}"><div class="label">{_capital(heading)}</div>'
         f'<div class="value">{100 * score[key]:.1f}<small> %</small></div>'
-        f'<div class="under">commonest class alone: {100 * trivial[key]:.1f}</div></div>'
+        f'<div class="under">commonest class alone: {100 * trivial[key]:.1f}{_present(score, key)}</div></div>'
         for key, heading in HEADLINES.items()
     ]
     classes = sum(row["support"] > 0 for row in score["per_class"].values())
@@ -160,6 +160,17 @@ def _headlines(score: dict) -> str:
         f'<div class="under">{classes} of {len(score["per_class"])} classes occur</div></div>'
     )
     return f'<div class="headlines">{"".join(cards)}</div>'
+
+
+def _absent(score: dict) -> str:
+    return f" Not in this split: {escape(', '.join(score['absent']))}." if score["absent"] else ""
+
+
+def _present(score: dict, key: str) -> str:
+    """Beside the macro F1 of all classes, that of those that occur, where some do not."""
+    if key != "macro_f1" or not score["absent"]:
+        return ""
+    return f"<br>of the classes that occur: {100 * score['macro_f1_present']:.1f}"
 
 
 def _classes(score: dict, names: list[str]) -> str:

@@ -55,7 +55,7 @@ def compare_modalities(
                 if status:
                     raise UserError(f"{run}: training failed, see the lines above; the same command goes on from there")
                 seconds[run.name] = round(time.monotonic() - started, 1)
-            scores[modality].append(evaluate_run(run, "test"))
+            scores[modality].append(evaluate_run(run, "test").scores)
     return _report(out, recipe, scores, seconds, console)
 
 

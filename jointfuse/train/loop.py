@@ -17,7 +17,7 @@ from jointfuse.data.augment import Augmentation
 from jointfuse.data.batch import Batch
 from jointfuse.data.columns import Weights
 from jointfuse.data.feed import Feed, Waited
-from jointfuse.data.mixture import MixedSplit, open_for_training
+from jointfuse.data.mixture import MixedSplit, corpus_digest, open_for_training
 from jointfuse.data.plan import Plan
 from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.stream import stream
@@ -30,7 +30,6 @@ from jointfuse.train.checkpoint import (
     Checkpoints,
     Position,
     check_resumable,
-    corpus_digest,
     latest_checkpoint,
     load_checkpoint,
 )
@@ -337,7 +336,7 @@ class Trainer:
                     self.corpus.labels,
                     self.mel,
                     self.tokenizer,
-                    {"step": position.step, "epoch": position.epoch, "dev": result},
+                    {"step": position.step, "epoch": position.epoch, "dev": result, "corpus": position.corpus},
                 )
         else:
             position.evaluations_without_better += 1
