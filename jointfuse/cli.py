@@ -76,12 +76,15 @@ def compare(
     out: Annotated[Path, typer.Option(help="folder of the experiment; runs it already holds are not repeated")],
     ranks: Ranks = 1,
     seeds: Annotated[int, typer.Option(min=1, help="trainings a model; 3 or more for a figure to be quoted")] = 1,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="train runs of other settings or another corpus anew; the old ones stay")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Train and score text alone, audio alone and both."""
     from jointfuse.experiments.modalities import compare_modalities
 
-    compare_modalities(recipe, overrides or [], out, ranks, seeds, Console())
+    compare_modalities(recipe, overrides or [], out, ranks, seeds, Console(), retrain)
 
 
 @app.command()
