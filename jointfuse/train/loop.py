@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,7 @@ from jointfuse.train.run_folder import (
     write_status,
 )
 from jointfuse.train.schedule import lr_factor
-from jointfuse.train.start import starting_mel, starting_tokenizer
+from jointfuse.train.start import splits_read, starting_mel, starting_tokenizer
 from jointfuse.train.vote import Vote
 from jointfuse.train.watchdog import Watchdog
 
@@ -109,7 +110,8 @@ class Trainer:
         if settings.init_from and not checkpoint:
             self.new_labels = initialise(network, Path(settings.init_from), self.corpus.labels)
         network.freeze(settings.freeze)
-        self.train_reader, self.dev_reader = self._reader("train"), self._reader("dev")
+        readers = {split: self._reader(split) for split in splits_read(config, self.corpus)}
+        self.train_reader, self.dev_reader = readers["train"], readers.get("dev")
         self.plan = self._plan()
         self.steps = settings.steps or self.plan.steps_per_epoch * (settings.epochs or 0)
         objective = Objective(network, config.loss, self.division.accumulation)
@@ -176,9 +178,9 @@ class Trainer:
                 return False
             if position.step < self.steps:
                 self.display.line(f"stopped early: no better dev score in {self.config.train.patience} evaluations")
+            score = f"dev {HEADLINES[self.score_name]} {position.best_score:.4f}" if self.dev_reader else "no dev split"
             self.display.line(
-                f"finished at step {position.step}; chosen: step {position.best_step}, "
-                f"dev {HEADLINES[self.score_name]} {position.best_score:.4f}: {self.run / 'best'}"
+                f"finished at step {position.step}; chosen: step {position.best_step}, {score}: {self.run / 'best'}"
             )
         self._end(FINISHED)
         return True
@@ -317,8 +319,13 @@ class Trainer:
         torch.manual_seed(_mix(self.config.train.seed, self.position.step, self.rank, micro_batch))
 
     def _evaluate(self) -> None:
-        """Score the dev split; the model chosen so far is written at once."""
+        """Score the dev split; the model chosen so far is written at once. Without one, it is that of the end."""
         position = self.position
+        if not self.dev_reader:
+            if position.step == self.steps:
+                position.best_step = position.step
+                self._save_best({})
+            return
         predictions = predict(self.engine.module.network, self.dev_reader, self.config.data.workers)
         result = score(predictions.labels, predictions.logits.argmax(axis=1), self.corpus.labels)
         chosen_by = result[self.score_name]
@@ -326,18 +333,7 @@ class Trainer:
         if better:
             position.best_score, position.best_step = chosen_by, position.step
             position.evaluations_without_better = 0
-            state = full_state(self.engine)
-            if self.rank == 0:
-                save_model(
-                    self.run / "best",
-                    state,
-                    self.engine.module.network,
-                    self.config,
-                    self.corpus.labels,
-                    self.mel,
-                    self.tokenizer,
-                    {"step": position.step, "epoch": position.epoch, "dev": result, "corpus": position.corpus},
-                )
+            self._save_best(result)
         else:
             position.evaluations_without_better += 1
         figures = {name: result[name] for name in ("accuracy", "weighted_f1", "macro_f1")}
@@ -349,6 +345,21 @@ class Trainer:
             # `best`: the score by which a model was chosen, where this is the best so far.
             best = chosen_by if better else None
             self.log.write("dev", position.step, epoch=position.epoch, **figures, best=best)
+
+    def _save_best(self, dev: dict[str, Any]) -> None:
+        """Every rank calls it; `dev` are the scores by which the model was chosen."""
+        position, state = self.position, full_state(self.engine)
+        if self.rank == 0:
+            save_model(
+                self.run / "best",
+                state,
+                self.engine.module.network,
+                self.config,
+                self.corpus.labels,
+                self.mel,
+                self.tokenizer,
+                {"step": position.step, "epoch": position.epoch, "dev": dev, "corpus": position.corpus},
+            )
 
     def _report_skipped(self) -> None:
         if self.skipped:

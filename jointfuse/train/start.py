@@ -15,6 +15,22 @@ from jointfuse.model.backbones import pretrained_tokenizer
 from jointfuse.model.export import exported_mel, exported_tokenizer
 
 
+def splits_read(config: Config, corpus: AnyCorpus) -> list[str]:
+    """The splits that a training reads: train, and dev where the corpus has one.
+
+    Raises:
+        UserError: there is no train, or no dev where the model is chosen on it.
+    """
+    if "dev" in corpus.splits:
+        return ["train", "dev"]
+    if config.train.choose_by != "last":
+        raise UserError(
+            f"{corpus.path}: no split 'dev' to choose the model on by {config.train.choose_by}; there are "
+            f"{', '.join(corpus.splits)}; train.choose_by=last takes the model at the end and needs none"
+        )
+    return ["train"]
+
+
 def starting_mel(config: Config, corpus: AnyCorpus) -> tuple[float, float]:
     """Mean and deviation that clips are normalised by: those that the weights have learnt, else the corpus's own."""
     if config.train.init_from and config.model.modality != "text":
