@@ -1,7 +1,9 @@
 """Runs that an experiment finds in its folder: whether they are of the settings and the corpus it is about."""
 
+import json
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel
 
 from jointfuse.config import Config, changed_keys, validate
 from jointfuse.errors import UserError
@@ -55,7 +57,8 @@ def where(run: Path, wanted: Config) -> tuple[str | None, list[str]]:
     trained, data = validate(read_yaml(path, WAY_OUT), str(path)).data, wanted.data
     if not data.corpus or (data.corpus, data.remote, data.cache) == (trained.corpus, trained.remote, trained.cache):
         return None, []
-    return data.corpus, [f"data.{name}={getattr(data, name)}" for name in ("remote", "cache") if getattr(data, name)]
+    moved = {name: json.dumps(getattr(data, name)) for name in ("remote", "cache") if getattr(data, name)}
+    return data.corpus, [f"data.{name}={value}" for name, value in moved.items()]
 
 
 def _precision(config: Config) -> str:
@@ -69,9 +72,15 @@ def _precision(config: Config) -> str:
 def _corpus(run: Path) -> str:
     """Digest of the corpus that a run was trained on; empty before it has saved or chosen anything."""
     model = run / "best" / "model.json"
-    if model.exists():
-        digest = read_json(model, dict[str, Any], WAY_OUT)["info"].get("corpus", "")
-        if digest:
-            return str(digest)
+    if model.exists() and (digest := read_json(model, _Model, WAY_OUT).info.corpus):
+        return digest
     checkpoint = latest_checkpoint(run)
-    return str(read_json(checkpoint / "position.json", dict[str, Any], WAY_OUT)["corpus"]) if checkpoint else ""
+    return read_json(checkpoint / "position.json", _OfCorpus, WAY_OUT).corpus if checkpoint else ""
+
+
+class _OfCorpus(BaseModel):
+    corpus: str = ""
+
+
+class _Model(BaseModel):
+    info: _OfCorpus

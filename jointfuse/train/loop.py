@@ -178,9 +178,11 @@ class Trainer:
                 return False
             if position.step < self.steps:
                 self.display.line(f"stopped early: no better dev score in {self.config.train.patience} evaluations")
-            score = f"dev {HEADLINES[self.score_name]} {position.best_score:.4f}" if self.dev_reader else "no dev split"
+            chosen_by = (
+                f"dev {HEADLINES[self.score_name]} {position.best_score:.4f}" if self.dev_reader else "no dev split"
+            )
             self.display.line(
-                f"finished at step {position.step}; chosen: step {position.best_step}, {score}: {self.run / 'best'}"
+                f"finished at step {position.step}; chosen: step {position.best_step}, {chosen_by}: {self.run / 'best'}"
             )
         self._end(FINISHED)
         return True
