@@ -57,22 +57,17 @@ def evaluate(
     split: Annotated[str, typer.Option(help="split of the corpus")] = "test",
     corpus: Annotated[str | None, typer.Option(help="another corpus, with some of the same labels")] = None,
     ranks: Ranks = 1,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="data.labels and the like as section.key=value", show_default=False)
+    ] = None,
 ) -> None:
     """Score the chosen model of a run and write a report page."""
-    import json
-
-    from jointfuse.evaluate.metrics import score_table
-    from jointfuse.evaluate.run import evaluate_run
+    from jointfuse.evaluate.run import evaluate_run, print_evaluation
     from jointfuse.launch import launch_evaluation
 
-    folder = run / f"eval-{split}"
-    if ranks == 1:
-        evaluate_run(run, split, corpus)
-    elif status := launch_evaluation(run, split, corpus, ranks):
-        raise typer.Exit(status)
-    console = Console()
-    console.print(score_table(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))))
-    console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
+    if ranks > 1:
+        raise typer.Exit(launch_evaluation(run, split, corpus, overrides or [], ranks))
+    print_evaluation(evaluate_run(run, split, corpus, overrides or []))
 
 
 @app.command()
@@ -81,12 +76,15 @@ def compare(
     out: Annotated[Path, typer.Option(help="folder of the experiment; runs it already holds are not repeated")],
     ranks: Ranks = 1,
     seeds: Annotated[int, typer.Option(min=1, help="trainings a model; 3 or more for a figure to be quoted")] = 1,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="train runs of other settings or another corpus anew; the old ones stay")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Train and score text alone, audio alone and both."""
     from jointfuse.experiments.modalities import compare_modalities
 
-    compare_modalities(recipe, overrides or [], out, ranks, seeds, Console())
+    compare_modalities(recipe, overrides or [], out, ranks, seeds, Console(), retrain)
 
 
 @app.command()

@@ -7,6 +7,7 @@ A setting lives in exactly one place. Stage, offload and precision belong to the
 import difflib
 import re
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
@@ -336,6 +337,16 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Con
     for override in overrides:
         _apply(tree, override)
     return validate(tree, str(path))
+
+
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """Settings with `section.key=value` overrides on top. Raises UserError as `load_config`."""
+    if not overrides:
+        return config
+    tree = config.model_dump(mode="json")
+    for override in overrides:
+        _apply(tree, override)
+    return validate(tree, " ".join(overrides))
 
 
 def validate(tree: dict[str, Any], origin: str) -> Config:

@@ -84,6 +84,7 @@ def check_train(config: Config, run: Path, resume: bool, ranks: int) -> None:
     from jointfuse.train.checkpoint import check_resumable, latest_checkpoint
     from jointfuse.train.engine import check_precision, divide, read_ds_config
     from jointfuse.train.run_folder import check_run_folder
+    from jointfuse.train.start import splits_read
 
     check_run_folder(run, resume)
     divide(config.train, ranks)
@@ -92,7 +93,7 @@ def check_train(config: Config, run: Path, resume: bool, ranks: int) -> None:
     checkpoint = latest_checkpoint(run) if resume else None
     if checkpoint:
         check_resumable(checkpoint, config, ranks, corpus)
-    for split in ("train", "dev"):
+    for split in splits_read(config, corpus):
         corpus.split(split)
 
 
@@ -129,10 +130,10 @@ def launch_training(
     return status
 
 
-def launch_evaluation(run: Path, split: str, corpus: str | None, ranks: int) -> int:
+def launch_evaluation(run: Path, split: str, corpus: str | None, overrides: list[str], ranks: int) -> int:
     """Evaluate on `ranks` ranks of this machine. Returns the exit status."""
     options = ["--split", split, *(["--corpus", corpus] if corpus else [])]
-    return launch("jointfuse.evaluate", [str(run), *options], ranks)
+    return launch("jointfuse.evaluate", [str(run), *options, *overrides], ranks)
 
 
 def launch(

@@ -7,13 +7,14 @@ import signal
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 import torch
+from pace import stretched
 
 # Started in the background of a script, this process ignores Ctrl-C, and so would those that tests start and stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,6 +42,16 @@ _skipped: dict[str, str] = {}  # required tests that did not run, and why
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """The time limit of a test, from pyproject.toml or a mark of its own, at the pace of this machine."""
+    given, mark = item.config.getoption("timeout", None), item.get_closest_marker("timeout")
+    limit = float(mark.args[0] if mark else item.config.getini("timeout") or 0)
+    if given is None and limit:
+        item.add_marker(pytest.mark.timeout(stretched(limit)), append=False)
+    return (yield)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pace import stretched
+
 from jointfuse.ranks import free_port
 
 SHOWN = 4000  # characters of a failing rank's output
@@ -29,7 +31,7 @@ def run_ranks(
     Args:
         work: a function at the top of a module of tests/.
         folder: made for this call; output and results of the ranks lie there.
-        limit: seconds until all of them are killed.
+        limit: seconds until all of them are killed, at the pace of this machine (pace.py).
 
     Raises:
         AssertionError: a rank failed or the limit passed, with the end of that rank's output.
@@ -77,6 +79,7 @@ class _Ranks:
             process.stdin.write(f"{folder}\n".encode())
             process.stdin.flush()
         answers = [folder / f"rank{rank}.pickle" for rank in range(self.world_size)]
+        limit = stretched(limit)
         deadline = time.monotonic() + limit
         while not all(answer.exists() for answer in answers):
             for rank, process in enumerate(self.processes):
@@ -118,7 +121,9 @@ def end_group(process: subprocess.Popen[Any]) -> None:
 def run_program(
     command: list[str], limit: float = 240, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """A program with captured output; killed with everything it started when `limit` seconds have passed."""
+    """A program with captured output; killed with everything it started when `limit` seconds have passed at the pace of
+    this machine."""
+    limit = stretched(limit)
     with subprocess.Popen(
         command,
         env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | (environment or {}),

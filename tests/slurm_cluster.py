@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pace import stretched
 
 from jointfuse.ranks import free_port
 
@@ -109,7 +110,7 @@ class Cluster:
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=stretched(60),
             check=False,
         )
         assert done.returncode == 0, f"{shlex.join(command)}: {done.stderr or done.stdout}"
@@ -131,7 +132,8 @@ class Cluster:
         """The state of a job once it is one of these, by default any in which a job has ended.
 
         Raises:
-            AssertionError: the job has ended otherwise, or the limit (seconds) has passed; with the job's output.
+            AssertionError: the job has ended otherwise, or the limit (seconds, at the pace of this machine) has passed;
+                with the job's output.
         """
         wanted = set(states) or ENDED
         return self._until(job, lambda: self.state(job), lambda state: state in wanted, f"to be {wanted}", limit)
@@ -144,6 +146,7 @@ class Cluster:
     def _until(
         self, job: str, look: Callable[[], str], good: Callable[[str], bool], expected: str, limit: float
     ) -> str:
+        limit = stretched(limit)
         deadline = time.monotonic() + limit
         while True:
             state = self.state(job)  # before the look: what an ended job has written, it has written
@@ -193,6 +196,7 @@ class Cluster:
         self._poll(up, f"{' and '.join(names)} not up")
 
     def _poll(self, good: Callable[[], bool], otherwise: str, limit: float = 60) -> None:
+        limit = stretched(limit)
         deadline = time.monotonic() + limit
         while not good():
             assert time.monotonic() < deadline, f"{otherwise} after {limit} s:\n{self._logs()}"

@@ -178,7 +178,8 @@ def test_a_corpus_that_was_never_finished_is_named(refused: Refused, recipe: Pat
 @pytest.fixture
 def stopped(recipe: Path, corpus: Path, run: Path) -> Path:
     """A run of two ranks that has a checkpoint, as far as anything reads before DeepSpeed does."""
-    from jointfuse.train.checkpoint import Position, corpus_digest
+    from jointfuse.data.mixture import corpus_digest
+    from jointfuse.train.checkpoint import Position
     from jointfuse.train.engine import layout, read_ds_config
 
     config = load_config(str(recipe))

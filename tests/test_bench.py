@@ -13,6 +13,7 @@ from training_fixtures import corpus, recipe
 
 from jointfuse.bench import block, build, data, icl, plan, step
 from jointfuse.bench.device import held_bytes, peak_bytes
+from jointfuse.bench.result import file_safe
 from jointfuse.errors import UserError
 
 __all__ = ["corpus", "recipe"]
@@ -225,3 +226,21 @@ def test_what_cannot_be_measured_is_refused_in_one_line(arguments: list[str], me
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"error: {message}")
     assert len(ended.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("AMD EPYC-, 2 threads", "AMD-EPYC-2-threads"),
+        ("AMD EPYC, 2 threads", "AMD-EPYC-2-threads"),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA-H100-80GB-HBM3"),
+        ("-Intel(R) Xeon(R) @ 2.2 GHz -", "Intel-R-Xeon-R-2-2-GHz"),
+    ],
+)
+def test_a_device_has_one_dash_between_words_and_none_around_them(device: str, name: str) -> None:
+    assert file_safe(device) == name
+
+
+def test_the_results_that_are_there_have_names_that_a_device_gives() -> None:
+    for path in (Path(icl.__file__).parent / "results").iterdir():
+        assert file_safe(path.stem) == path.stem

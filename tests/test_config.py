@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from jointfuse.config import Config, changed_keys, load_config, parse_interval, recipe_names, validate
+from jointfuse.data.corpora.files import read_description
 from jointfuse.errors import UserError
 
 SMALL = {
@@ -326,3 +327,15 @@ def test_a_deepspeed_file_that_cannot_be_read_is_refused(
     wanted = path if name.endswith(".json") else name
     with pytest.raises(UserError, match=expected):
         read_ds_config(load_config(recipe, [f"train.deepspeed={wanted}"]).train)
+
+
+def test_a_key_that_is_given_twice_is_refused_wherever_it_stands(recipe: str, tmp_path: Path) -> None:
+    twice = tmp_path / "twice.yaml"
+    twice.write_text("train: {steps: 5, lr: 0.1, lr: 0.2}\n")
+    assert "'lr' is given twice" in refusal(str(twice))
+    twice.write_text("train: {steps: 5}\nmodel: {}\ntrain: {steps: 7}\n")
+    assert "'train' is given twice" in refusal(str(twice))
+    assert "data.labels={fear: joy, fear: null}" in refusal(recipe, "data.labels={fear: joy, fear: null}")
+    twice.write_text("pattern: x\nsplits: {train: [a], train: [b]}\n")
+    with pytest.raises(UserError, match="'train' is given twice"):
+        read_description(twice)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pace import stretched
 
 from jointfuse import doctor
 from jointfuse.errors import UserError
@@ -63,7 +64,7 @@ def test_two_nodes_meet_and_the_first_says_what_they_are(tmp_path: Path) -> None
         subprocess.Popen([*command, "--node-rank", rank], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for rank in "01"
     ]
-    (said, complained), (other, _) = (process.communicate(timeout=120) for process in both)
+    (said, complained), (other, _) = (process.communicate(timeout=stretched(120)) for process in both)
     assert [process.returncode for process in both] == [0, 0], complained
     assert said.count(socket.gethostname()) == 2
     assert other == ""

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pace import stretched
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -24,7 +25,7 @@ def test_without_a_compiler_a_command_says_so_in_one_line_and_installs_nothing(s
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=stretched(60),
         check=False,
     )
     assert done.returncode == 2

@@ -71,7 +71,7 @@ def evaluate(run: Path) -> tuple[dict[str, Any], Predictions]:
     predicting.EVALUATION_BATCH = BATCH
     running.predict = predict_and_keep
     try:
-        return running.evaluate_run(run, "test"), seen[0]
+        return running.evaluate_run(run, "test").scores, seen[0]
     finally:
         predicting.EVALUATION_BATCH = real_batch
         running.predict = real

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from distributed import run_ranks
+from pace import stretched
 from running import (
     LIMIT,
     PROGRAM,
@@ -42,7 +43,7 @@ def test_a_run_that_is_stopped_killed_and_resumed_has_the_losses_of_one_that_nev
         for _ in range(2):
             os.kill(process.pid, signal.SIGUSR2)
             time.sleep(0.02)
-        assert process.wait(LIMIT) == 3, output.read_text()
+        assert process.wait(stretched(LIMIT)) == 3, output.read_text()
         assert processes_of(run) == []
         stopped = saved_step(run)
         assert 10 <= stopped < STEPS
@@ -55,7 +56,7 @@ def test_a_run_that_is_stopped_killed_and_resumed_has_the_losses_of_one_that_nev
         os.kill(process.pid, signal.SIGKILL)
         until("nothing is left", lambda: processes_of(run) == [])
     with started(command(recipe, run, "--resume"), run) as process:
-        assert process.wait(LIMIT) == 0, output.read_text()
+        assert process.wait(stretched(LIMIT)) == 0, output.read_text()
     assert (run / "status").read_text() == "finished\n"
     run_ranks(2, train, tmp_path / "ranks", recipe, tmp_path / "whole", *SETTINGS)
     assert_same_steps(run, tmp_path / "whole", tolerance=1e-6)
@@ -67,7 +68,7 @@ def test_a_rank_that_hangs_ends_the_job_and_the_other_says_where(recipe: Path, t
         until("ten steps", lambda: process.poll() is not None or step_of(run) >= 10)
         ranks = [one for one in processes_of(run) if "RANK=1" in environment_of(one) and is_rank(one)]
         os.kill(ranks[0], signal.SIGSTOP)
-        assert process.wait(LIMIT) == 1
+        assert process.wait(stretched(LIMIT)) == 1
         assert processes_of(run) == []
     assert re.search(
         r"error: rank 0: step \d+ has taken more than train.longest_step = 6 s: this rank, another one or the network "

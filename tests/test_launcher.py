@@ -64,7 +64,7 @@ def test_the_command_trains_on_two_ranks_and_only_the_first_one_speaks(recipe: P
 
 
 def test_the_command_evaluates_that_run_on_two_ranks(run: Path) -> None:
-    command = [str(SCRIPTS / "jointfuse"), "eval", str(run), "--split", "test", "--ranks", "2"]
+    command = [str(SCRIPTS / "jointfuse"), "eval", str(run), "--split", "test", "--ranks", "2", "data.workers=0"]
     ended = run_program(command, environment=BARE)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""

@@ -229,8 +229,8 @@ def in_ranks(recipe: Path, folder: Path, other: Path) -> tuple[Trained, list[str
 
     run = folder / "run"
     trained = train(recipe, run, "train.steps=8", "data.context=1")
-    result = evaluate_run(run, "dev")
-    alone = evaluate_run(run, "test", str(other))
+    result = evaluate_run(run, "dev").scores
+    alone = evaluate_run(run, "test", str(other)).scores
     assert result["samples"] == 7 + 5 - sum(np.asarray(Corpus.open(other).split("dev").index["label"]) == 0)
     return trained, [*alone["names"], str(alone["samples"])]
 

@@ -60,7 +60,7 @@ def in_rank(recipe: Path, run: Path, of_test: Path) -> tuple[dict[str, Any], dic
     from jointfuse.evaluate.run import evaluate_run
 
     train(recipe, run, "train.steps=4")
-    return evaluate_run(run, "test"), evaluate_run(run, "test", str(of_test))
+    return evaluate_run(run, "test").scores, evaluate_run(run, "test", str(of_test)).scores
 
 
 def test_a_model_scores_on_it_as_on_the_test_split_of_its_own_corpus(

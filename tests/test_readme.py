@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from corpus_helpers import write_clip
+from pace import stretched
 from release_fixtures import make_iemocap, make_ravdess
 from training_fixtures import RECIPE, SIZES, make_corpus
 
@@ -111,6 +112,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
 
 
 @pytest.mark.required
+@pytest.mark.timeout(120 * len(SHORTER))  # each of which has a limit of its own
 def test_the_commands_of_the_readme_end_well_one_after_the_other(desk: Path) -> None:
     scripts = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
@@ -119,7 +121,14 @@ def test_the_commands_of_the_readme_end_well_one_after_the_other(desk: Path) -> 
             assert long in command
             command = command.replace(long, short)
         done = subprocess.run(
-            command, shell=True, cwd=desk, env=environment, capture_output=True, text=True, timeout=300, check=False
+            command,
+            shell=True,
+            cwd=desk,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=stretched(300),
+            check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     for made in ("corpora/mine.html", "runs/mine/eval-test/report.html"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from distributed import run_ranks
+from pace import stretched
 from running import LIMIT, saved_step, started, until
 from safetensors.numpy import load_file
 from training_fixtures import DROPOUT, corpus, largest_difference, recipe, train
@@ -37,7 +38,7 @@ def test_killed_at_any_moment_of_a_save_a_run_goes_on_from_a_whole_checkpoint(re
         command = [sys.executable, "-m", "jointfuse.train", "--recipe", str(recipe), "--run", str(run), *options]
         with started(command, run, OMP_NUM_THREADS="1") as process:
             if number == KILLS:
-                assert process.wait(2 * LIMIT) == 0, (tmp_path / "output").read_text()
+                assert process.wait(stretched(2 * LIMIT)) == 0, (tmp_path / "output").read_text()
                 break
             target = done + draw.randint(2, 4)
             until("it saves", lambda target=target: newest(run) >= target)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from pace import stretched
 from slurm_cluster import Cluster
 from test_readme import commands
 
@@ -249,7 +250,7 @@ def test_a_wrong_submission_is_one_line(script: str, arguments: str, says: str, 
     environment = {"PATH": desk.path, "SLURM_ARRAY_TASK_ID": "4" if script == "sweep" else "3"}
     command = ["bash", f"slurm/{script}.sbatch", *arguments.split()]
     done = subprocess.run(
-        command, cwd=desk.folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=desk.folder, env=environment, capture_output=True, text=True, timeout=stretched(60), check=False
     )
     assert done.returncode == 2
     assert re.fullmatch(f"error: {says}\n", done.stderr), done.stderr

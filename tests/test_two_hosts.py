@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from distributed import run_ranks
+from pace import stretched
 from running import (
     LIMIT,
     PROGRAM,
@@ -74,7 +75,7 @@ def test_a_cut_link_ends_both_hosts_and_mended_they_go_on(hosts: list[str], reci
         until("ten steps", lambda: step_of(run) >= 10 or any(process.poll() is not None for process in processes))
         ip("-n", hosts[1], "link", "set", "cable", "down")
         # The watchdog's time, and what DeepSpeed's launcher waits for a rank to go.
-        statuses = [process.wait(LONGEST + LIMIT) for process in processes]
+        statuses = [process.wait(LONGEST + stretched(LIMIT)) for process in processes]
         said = output.read_text()
         assert statuses == [1, 1], said
         assert processes_of(run) == []
@@ -86,7 +87,7 @@ def test_a_cut_link_ends_both_hosts_and_mended_they_go_on(hosts: list[str], reci
     ip("-n", hosts[1], "link", "set", "cable", "up")
     with ExitStack() as stack:
         processes = both(stack, hosts, recipe, run, "--resume", *SETTINGS)
-        assert [process.wait(LIMIT) for process in processes] == [0, 0], output.read_text()
+        assert [process.wait(stretched(LIMIT)) for process in processes] == [0, 0], output.read_text()
     assert f"resumed at step {saved} " in output.read_text()
     run_ranks(2, train, tmp_path / "ranks", recipe, tmp_path / "whole", *SETTINGS)
     assert_same_steps(run, tmp_path / "whole", tolerance=1e-6)

@@ -243,7 +243,9 @@ def in_rank(tmp: Path, unlabelled: Path, left_out: Path) -> list[Any]:
         data = RECIPE["data"] | {"corpus": str(corpus), "labels": labels, "context": 2, "max_tokens": 40}
         recipe.write_text(yaml.safe_dump(RECIPE | {"data": data}), encoding="utf-8")
         trained = train(recipe, tmp / name, "train.steps=6", "train.batch=4", "model.modality=text")
-        outcomes.append((trained.losses.tolist(), evaluate_run(tmp / name, "dev"), evaluate_run(tmp / name, "test")))
+        dev, test = (evaluate_run(tmp / name, split) for split in ("dev", "test"))
+        assert test.folder == tmp / name / "eval-test", "its own corpus"
+        outcomes.append((trained.losses.tolist(), dev.scores, test.scores))
     return outcomes
 
 

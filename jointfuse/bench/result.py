@@ -1,6 +1,7 @@
 """The file a benchmark leaves: what was measured, on which device."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ from rich.console import Console
 from jointfuse.bench.device import device_name
 
 
+def file_safe(name: str) -> str:
+    """Letters and digits, and a single dash for whatever stands between them."""
+    return re.sub(r"[\W_]+", "-", name).strip("-")
+
+
 def write_result(kind: str, figures: dict[str, Any], out: Path | None, console: Console) -> dict[str, Any]:
     """`figures`, device and torch version added, to `out` or build/bench/KIND-DEVICE.json."""
     result = {"device": device_name(), "torch": torch.__version__} | figures
-    name = "".join(c if c.isalnum() else "-" for c in device_name()).strip("-")
-    path = out or Path("build/bench") / f"{kind}-{name}.json"
+    path = out or Path("build/bench") / f"{kind}-{file_safe(device_name())}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print(f"written to {path}", highlight=False)

@@ -1,5 +1,7 @@
 """Several corpora read as one under one set of labels, each in its share of an epoch."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
@@ -90,6 +92,10 @@ class MixedSplit:
         utterance = self.splits[part].sample(own, audio)
         return replace(utterance, label=int(self._parts[part].label_of[utterance.label]))
 
+    def text(self, i: int) -> str:
+        part, own = self._own(i)
+        return self.splits[part].text(own)
+
     def turns_before(self, i: int, number: int) -> list[Utterance]:
         """As `Split.turns_before`: those that are left out or have no label are heard as well."""
         part, own = self._own(i)
@@ -143,7 +149,8 @@ class Mixture:
             if unknown:
                 raise UserError(
                     f"{corpus.path}: its labels are {', '.join(corpus.labels)}; the model was trained on "
-                    f"{', '.join(self.labels)}"
+                    f"{', '.join(self.labels)}; data.labels={{{unknown[0]}: {self.labels[0]}}} gives a label another "
+                    f"name, {{{unknown[0]}: null}} leaves its utterances out"
                 )
             numbers = [UNLABELLED if label is None else self.labels.index(label) for label in names]
             self.parts.append(Part(corpus, np.array(numbers, dtype=np.uint16), weight))
@@ -210,6 +217,12 @@ def _labelled_seconds(corpus: Corpus) -> float:
 
 AnySplit = Split | MixedSplit
 AnyCorpus = Corpus | Mixture
+
+
+def corpus_digest(corpus: AnyCorpus) -> str:
+    """SHA-256 of all that corpus.json says, or those of a mixture and their weights: what is read, in which order, is a
+    function of it, wherever a corpus lies."""
+    return hashlib.sha256(json.dumps(corpus.info, sort_keys=True).encode()).hexdigest()
 
 
 def open_data(settings: DataSettings, labels: Sequence[str] | None = None) -> AnyCorpus:

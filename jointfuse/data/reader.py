@@ -17,6 +17,7 @@ from jointfuse.data.mel import SAMPLE_RATE, frames_of
 from jointfuse.data.mixture import AnySplit
 from jointfuse.data.plan import Planned
 from jointfuse.data.shards import Utterance
+from jointfuse.data.tokenizer import encode
 from jointfuse.errors import UserError
 
 # Decoding processes are copies of one that may have tokenised, and its threads would not be in them.
@@ -92,24 +93,45 @@ class UtteranceReader:
         """What is planned, read and padded; a skipped utterance is there as one without text and clip, not valid."""
         ids, valid = planned[0].tolist(), planned[1].copy()
         self.split.read_ahead(ids)
-        utterances, skipped = [], []
+        utterances, before, skipped = [], [], []
         for row, id in enumerate(ids):
             try:
-                utterances.append(self.split.sample(id, audio=self.audio))
+                utterance = self.split.sample(id, audio=self.audio)
+                turns = self._turns_before(id, utterance)
             except UserError as error:
                 if not self.skips:
                     raise
                 if valid[row]:
                     skipped.append(str(error))
                 valid[row] = False
-                utterances.append(NOTHING)
+                utterance, turns = NOTHING, []
+            utterances.append(utterance)
+            before.append(turns)
         pad = self.tokenizer.pad_token_id if self.tokenizer else 0
-        return collate(self.examples(ids, utterances), valid, pad, skipped)
+        return collate(self._examples(ids, utterances, before), valid, pad, skipped)
 
     def examples(self, ids: Sequence[int], utterances: Sequence[Utterance]) -> list[Example]:
-        """Utterances that were read, as model input."""
+        """Utterances that were read, as model input. Raises UserError where a turn before one cannot be read."""
+        return self._examples(ids, utterances, list(map(self._turns_before, ids, utterances)))
+
+    def _turns_before(self, id: int, utterance: Utterance) -> list[Utterance]:
+        """The turns that an utterance is read with.
+
+        Raises:
+            UserError: one of them cannot be read. Without it the utterance would be another input: it is not read.
+        """
+        if not self.settings.context or not self.tokenizer or not utterance.text.strip():
+            return []
+        try:
+            return self.split.turns_before(id, self.settings.context)
+        except UserError as error:
+            raise UserError(f"{error} (a turn before sample {utterance.key}, with data.context)") from error
+
+    def _examples(
+        self, ids: Sequence[int], utterances: Sequence[Utterance], before: Sequence[list[Utterance]]
+    ) -> list[Example]:
         if self.settings.context or self.settings.speakers != "none":
-            texts = [self._in_context(id, utterance) for id, utterance in zip(ids, utterances, strict=True)]
+            texts = [self._in_context(*read) for read in zip(before, utterances, strict=True)]
         else:
             texts = self._tokens([utterance.text for utterance in utterances])
         made = []
@@ -124,24 +146,22 @@ class UtteranceReader:
         spoken = [row for row, text in enumerate(texts) if text.strip()]
         if not self.tokenizer or not spoken:
             return found
-        # All in one call: most of a call is not tokenising.
         longest = self.settings.max_tokens
-        encoded = self.tokenizer([texts[row] for row in spoken], truncation=True, max_length=longest + 1)["input_ids"]
+        encoded = encode(self.tokenizer, [texts[row] for row in spoken], longest + 1)
         for row, tokens in zip(spoken, encoded, strict=True):
             cut = len(tokens) > longest
             if cut:
-                tokens = self.tokenizer(texts[row], truncation=True, max_length=longest)["input_ids"]
+                (tokens,) = encode(self.tokenizer, [texts[row]], longest)
             found[row] = np.asarray(tokens, dtype=np.int64), cut
         return found
 
-    def _in_context(self, id: int, utterance: Utterance) -> tuple[np.ndarray, bool]:
+    def _in_context(self, before: list[Utterance], utterance: Utterance) -> tuple[np.ndarray, bool]:
         """(T,) int64: the turns before an utterance and its own, a separator behind each; and whether its own was cut.
         Turns that do not fit are left out, the oldest first."""
         if not self.tokenizer or not utterance.text.strip():
             return np.empty(0, dtype=np.int64), False
-        before = self.split.turns_before(id, self.settings.context)
         turns = [turn for turn in (*before, utterance) if turn.text.strip()]
-        encoded = self.tokenizer(_spoken(turns, self.settings.speakers), add_special_tokens=False)["input_ids"]
+        encoded = encode(self.tokenizer, _spoken(turns, self.settings.speakers))
         begin, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         room = self.settings.max_tokens - 1
         own = encoded[-1]

@@ -32,6 +32,7 @@ from jointfuse.data.cache import ShardCache
 from jointfuse.data.index import FORMAT, INDEX_DTYPE, UNLABELLED
 from jointfuse.data.mel import SAMPLE_RATE, MelSums
 from jointfuse.data.sound import reason
+from jointfuse.data.texts import last_text, most_bytes_of
 from jointfuse.errors import UserError
 from jointfuse.files import replacing
 
@@ -295,6 +296,15 @@ class Split:
         except ValueError as error:
             raise self._damaged(i, str(error)) from error
 
+    def text(self, i: int) -> str:
+        """Sample `i`'s text. Of its bytes only the last are read, where the text is; of tars that lie elsewhere the
+        cache fetches whole ones, as training then does. Raises UserError as `sample`."""
+        characters = int(self.index[i]["characters"])
+        if not characters:
+            return ""
+        text = last_text(self.read(i, last=most_bytes_of(characters)), characters)
+        return self.sample(i, audio=False).text if text is None else text
+
     def turns_before(self, i: int, number: int) -> list[Utterance]:
         """Up to so many turns before sample `i` in its dialogue, in order, without their clips."""
         first = max(0, i - number)
@@ -329,9 +339,12 @@ class Split:
             keys = self._keys[shard] = [sample["key"] for sample in sidecar["samples"]]
         return keys[i % len(self) - self._first[shard]]
 
-    def read(self, i: int) -> bytes:
-        """Sample `i`'s bytes, tar headers included. Raises UserError with shard, key and offset."""
+    def read(self, i: int, last: int | None = None) -> bytes:
+        """Sample `i`'s bytes, tar headers included, or the `last` so many of them. Raises UserError with shard, key and
+        offset."""
         shard, offset, size, *_ = self.index[i].item()
+        if last is not None and last < size:
+            offset, size = offset + size - last, last
         for attempt in range(READ_ATTEMPTS):
             try:
                 handle = self._opened(shard)

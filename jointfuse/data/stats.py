@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
+from jointfuse.data.fonts import lettering
 from jointfuse.data.index import UNLABELLED
 from jointfuse.data.shards import Corpus, Split
 
@@ -119,6 +120,11 @@ def _percentile(values: np.ndarray, share: int, form: str) -> str:
 
 def plot(corpus: Corpus, stats: list[SplitStats], path: str | os.PathLike[str]) -> None:
     """Four panels (classes, clip durations, dialogue lengths, speakers) as a picture at `path`."""
+    with lettering([corpus.name, *corpus.labels, *corpus.splits, *corpus.speakers]):
+        _plot(corpus, stats, path)
+
+
+def _plot(corpus: Corpus, stats: list[SplitStats], path: str | os.PathLike[str]) -> None:
     figure = Figure(figsize=(12, 7.6), dpi=130, layout="constrained")
     synthetic = ", synthetic" if corpus.info["synthetic"] else ""
     total = (

@@ -1,16 +1,26 @@
-"""A byte-pair tokenizer trained on a corpus, for text encoders built from scratch."""
+"""From texts to tokens, and the byte-pair tokenizer that text encoders built from scratch learn from a corpus."""
+
+from collections.abc import Sequence
 
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import RobertaProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jointfuse.data.mixture import AnySplit
+from jointfuse.errors import UserError
 
 
-def train_tokenizer(split: AnySplit, vocabulary: int) -> PreTrainedTokenizerBase:
-    """RoBERTa's kind of byte-level BPE with at most `vocabulary` entries, learnt from the texts of a split."""
+def train_tokenizer(split: AnySplit, vocabulary: int, unreadable: list[str] | None = None) -> PreTrainedTokenizerBase:
+    """RoBERTa's kind of byte-level BPE with at most `vocabulary` entries, learnt from the texts of a split.
+
+    Args:
+        unreadable: takes up why a text cannot be read, in place of an error.
+
+    Raises:
+        UserError: a text cannot be read.
+    """
     trained = ByteLevelBPETokenizer(lowercase=True)
-    texts = (split.sample(id, audio=False).text for id in range(len(split)))
+    texts = (_text(split, id, unreadable) for id in range(len(split)))
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     trained.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=special, show_progress=False)
     trained.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0))
@@ -23,3 +33,42 @@ def train_tokenizer(split: AnySplit, vocabulary: int) -> PreTrainedTokenizerBase
         sep_token="</s>",
         unk_token="<unk>",
     )
+
+
+def _text(split: AnySplit, id: int, unreadable: list[str] | None) -> str:
+    try:
+        return split.text(id)
+    except UserError as error:
+        if unreadable is None:
+            raise
+        unreadable.append(str(error))
+        return ""
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], longest: int | None = None) -> list[list[int]]:
+    """The tokens of each text. What reads like a control token, as `<s>` or `[MASK]`, is text as any other.
+
+    Args:
+        longest: so many tokens at most, those in front and behind included; None: all of them, with nothing around.
+    """
+    around = {"add_special_tokens": False} if longest is None else {"truncation": True, "max_length": longest}
+    # All in one call: most of a call is not tokenising.
+    answer = tokenizer(list(texts), split_special_tokens=True, return_special_tokens_mask=True, **around)
+    control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    encoded: list[list[int]] = []
+    for text, tokens, added in zip(texts, answer["input_ids"], answer["special_tokens_mask"], strict=True):
+        # The vocabulary of a Unigram tokenizer has its control tokens among the words.
+        smuggled = sum(token in control for token in tokens) > sum(added)
+        encoded.append(_spelt(tokenizer, text, longest, control) if smuggled else tokens)
+    return encoded
+
+
+def _spelt(tokenizer: PreTrainedTokenizerBase, text: str, longest: int | None, control: set[int]) -> list[int]:
+    """The tokens of a text, those that are control tokens spelt letter by letter."""
+    tokens: list[int] = []
+    for token in tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]:
+        letters = list(tokenizer.convert_ids_to_tokens(token)) if token in control else []
+        tokens += tokenizer.convert_tokens_to_ids(letters) if letters else [token]
+    if longest is None:
+        return tokens
+    return [tokenizer.cls_token_id, *tokens[: longest - 2], tokenizer.sep_token_id]

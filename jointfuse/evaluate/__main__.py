@@ -12,12 +12,16 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--corpus", help="another corpus with the same labels")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
-    chosen = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", help="settings, as section.key=value")
+    chosen = parser.parse_intermixed_args()
 
     def work() -> bool:
-        from jointfuse.evaluate.run import evaluate_run
+        from jointfuse.evaluate.run import evaluate_run, print_evaluation
+        from jointfuse.losses.gather import group_rank
 
-        evaluate_run(chosen.run, chosen.split, chosen.corpus)
+        evaluation = evaluate_run(chosen.run, chosen.split, chosen.corpus, chosen.overrides)
+        if group_rank() == 0:
+            print_evaluation(evaluation)
         return True
 
     rank_main(work)

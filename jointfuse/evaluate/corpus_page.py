@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from jointfuse.data.features import continued, log_mel
+from jointfuse.data.fonts import lettering
 from jointfuse.data.mel import FRAMES_PER_SECOND, SAMPLE_RATE, frames_of
 from jointfuse.data.shards import Corpus, Split, Utterance
 from jointfuse.data.stats import (
@@ -38,6 +39,11 @@ def write_corpus_page(corpus: Corpus, path: Path) -> Path:
     Raises:
         UserError: a sample that is shown cannot be read.
     """
+    with lettering([*corpus.labels, *corpus.splits, *corpus.speakers]):
+        return _write(corpus, path)
+
+
+def _write(corpus: Corpus, path: Path) -> Path:
     stats = corpus_stats(corpus)
     words = [_words(corpus.split(split)) for split in corpus.splits]
     parts = [

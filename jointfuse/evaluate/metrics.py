@@ -37,12 +37,14 @@ class Predictions:
 def score(labels: np.ndarray, predicted: np.ndarray, names: list[str]) -> dict:
     """Compare two (N,) integer arrays; every number in the answer is a fraction or a count in plain python.
 
-    Keys: samples, names, accuracy, weighted_f1 (weighted by support), macro_f1, per_class {name: precision, recall,
-    f1, support}, confusion (C lists of C counts, rows are the truth). The order of the samples does not matter.
+    Keys: samples, names, accuracy, weighted_f1 (weighted by support), macro_f1, macro_f1_present, absent, per_class
+    {name: precision, recall, f1, support}, confusion (C lists of C counts, rows are the truth). The order of the
+    samples does not matter.
 
     A ratio with nothing below the line is 0. So a class that occurs neither in the labels nor in the predictions
     has F1 0: it does not touch the weighted F1 and it lowers the macro F1, which is always the mean over all C
-    classes. That keeps macro F1 comparable between splits and seeds.
+    classes. That keeps macro F1 comparable between splits and seeds. `macro_f1_present` is the mean over the classes
+    that the labels have, `absent` names the others.
 
     Raises UserError for an empty split and for a class number without a name.
     """
@@ -64,6 +66,8 @@ def score(labels: np.ndarray, predicted: np.ndarray, names: list[str]) -> dict:
         "accuracy": float(accuracy_score(labels, predicted)),
         "weighted_f1": float(np.average(f1, weights=support)),
         "macro_f1": float(np.mean(f1)),
+        "macro_f1_present": float(np.mean(f1[support > 0])),
+        "absent": [name for name, held in zip(names, support, strict=True) if not held],
         "per_class": {
             name: {
                 "precision": float(precision[c]),
@@ -93,6 +97,10 @@ def score_table(score: dict) -> Table:
     table.add_section()
     for key, heading in HEADLINES.items():
         table.add_row(heading, "", "", percent(score[key]), f"{score['samples']:,}", style="bold")
+    if score["absent"]:
+        present = len(score["names"]) - len(score["absent"])
+        heading = f"macro F1 of the {present} present"
+        table.add_row(heading, "", "", percent(score["macro_f1_present"]), f"{score['samples']:,}", style="bold")
     return table
 
 

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from jointfuse.data.fonts import lettering
 from jointfuse.evaluate.metrics import HEADLINES, Predictions
 from jointfuse.evaluate.page import card, heard, paragraph, picture, swatch, write_page
 from jointfuse.evaluate.pictures import (
@@ -61,38 +62,39 @@ def write_report(
     inside the page. The same arguments give the same bytes. Returns the path of report.html.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    confusion = confusion_figure(score, names)
-    facts = json.dumps(score, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
-    write_text(folder / "metrics.json", facts)
-    save_png(confusion, folder / "confusion.png")
-    features = feature_figure(predictions.features, predictions.labels, names)
-    many = len(names) > 8
-    parts = [
-        _heading(title, corpus),
-        _headlines(score),
-        card("Classes", "F1, precision and recall in percent.", _classes(score, names)),
-        f'<div class="{"" if many else "pair"}">',
-        card(
-            "Confusion matrix",
-            "Number of utterances; colour and percentage are shares of the row, the true class.",
-            picture(confusion, "Confusion matrix; its counts are in metrics.json", wide=many),
-        ),
-        card(
-            "Fused features",
-            "What the contrastive loss sees, flattened to a plane; distances between clusters are not to scale.",
-            picture(features, "Fused features in a plane, coloured by the true class"),
-        ),
-        "</div>",
-        card(
-            "Training",
-            "The star marks the best weighted F1 on the development set.",
-            picture(curves_figure(history), "Losses and development scores over training steps", wide=True),
-        ),
-        _hard(hard),
-        '<section class="card long"><details><summary>Settings of this run</summary>'
-        f"<pre>{escape(settings_yaml)}</pre></details></section>",
-        "<footer>Written by jointfuse. The scores are also in metrics.json beside this page.</footer>",
-    ]
+    with lettering(names):
+        confusion = confusion_figure(score, names)
+        facts = json.dumps(score, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+        write_text(folder / "metrics.json", facts)
+        save_png(confusion, folder / "confusion.png")
+        features = feature_figure(predictions.features, predictions.labels, names)
+        many = len(names) > 8
+        parts = [
+            _heading(title, corpus),
+            _headlines(score),
+            card("Classes", f"F1, precision and recall in percent.{_absent(score)}", _classes(score, names)),
+            f'<div class="{"" if many else "pair"}">',
+            card(
+                "Confusion matrix",
+                "Number of utterances; colour and percentage are shares of the row, the true class.",
+                picture(confusion, "Confusion matrix; its counts are in metrics.json", wide=many),
+            ),
+            card(
+                "Fused features",
+                "What the contrastive loss sees, flattened to a plane; distances between clusters are not to scale.",
+                picture(features, "Fused features in a plane, coloured by the true class"),
+            ),
+            "</div>",
+            card(
+                "Training",
+                "The star marks the best weighted F1 on the development set.",
+                picture(curves_figure(history), "Losses and development scores over training steps", wide=True),
+            ),
+            _hard(hard),
+            '<section class="card long"><details><summary>Settings of this run</summary>'
+            f"<pre>{escape(settings_yaml)}</pre></details></section>",
+            "<footer>Written by jointfuse. The scores are also in metrics.json beside this page.</footer>",
+        ]
     return write_page(folder / "report.html", title, parts)
 
 
@@ -122,10 +124,12 @@ def write_comparison(
         f'<div class="scroll"><table><thead><tr><th scope="col">Model</th>{head}'
         f'<th class="n spare" scope="col">Samples</th></tr></thead><tbody>{"".join(body)}</tbody></table></div>'
     )
+    with lettering([*names, *rows]):
+        bars = picture(comparison_figure(rows, names), "F1 by class", wide=True)
     parts = [
         f"<header><h1>{escape(title)}</h1>{paragraph(note)}</header>",
         card("Scores", "In percent. The best of each column is bold; a model's name opens its report.", table),
-        card("Classes", "F1 of every class.", picture(comparison_figure(rows, names), "F1 by class", wide=True)),
+        card("Classes", "F1 of every class.", bars),
         "<footer>Written by jointfuse.</footer>",
     ]
     return write_page(folder / "comparison.html", title, parts)
@@ -151,7 +155,7 @@ def _headlines(score: dict) -> str:
     cards = [
         f'<div class="card{" first" if key == "weighted_f1" else ""}"><div class="label">{_capital(heading)}</div>'
         f'<div class="value">{100 * score[key]:.1f}<small> %</small></div>'
-        f'<div class="under">commonest class alone: {100 * trivial[key]:.1f}</div></div>'
+        f'<div class="under">commonest class alone: {100 * trivial[key]:.1f}{_present(score, key)}</div></div>'
         for key, heading in HEADLINES.items()
     ]
     classes = sum(row["support"] > 0 for row in score["per_class"].values())
@@ -160,6 +164,17 @@ def _headlines(score: dict) -> str:
         f'<div class="under">{classes} of {len(score["per_class"])} classes occur</div></div>'
     )
     return f'<div class="headlines">{"".join(cards)}</div>'
+
+
+def _absent(score: dict) -> str:
+    return f" Not in this split: {escape(', '.join(score['absent']))}." if score["absent"] else ""
+
+
+def _present(score: dict, key: str) -> str:
+    """Beside the macro F1 of all classes, that of those that occur, where some do not."""
+    if key != "macro_f1" or not score["absent"]:
+        return ""
+    return f"<br>of the classes that occur: {100 * score['macro_f1_present']:.1f}"
 
 
 def _classes(score: dict, names: list[str]) -> str:

@@ -1,79 +1,100 @@
 """Evaluation of a finished run: its chosen model over one split, scored and written up."""
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 
 from jointfuse.config import Config, validate
-from jointfuse.data.mixture import AnyCorpus, AnySplit, open_data
+from jointfuse.data.mixture import AnySplit
 from jointfuse.data.reader import UtteranceReader
 from jointfuse.errors import UserError
 from jointfuse.evaluate.history import read_metrics
-from jointfuse.evaluate.metrics import Predictions, score
+from jointfuse.evaluate.metrics import Predictions, score, score_table
 from jointfuse.evaluate.predict import predict
 from jointfuse.evaluate.report import Hard, hardest, write_report
+from jointfuse.evaluate.scored import Scored, open_scored
 from jointfuse.files import read_yaml
-from jointfuse.losses.gather import world_size
+from jointfuse.losses.gather import group_rank
 from jointfuse.model.export import load_model
 
 HARDEST = 20  # utterances shown with text and clip
 
 
-def evaluate_run(run: Path, split_name: str, corpus_path: str | None = None) -> dict[str, Any]:
-    """Score RUN/best on a split and write RUN/eval-SPLIT (metrics.json, confusion.png, report.html) on rank 0.
+class Evaluation(NamedTuple):
+    scores: dict[str, Any]  # see jointfuse.evaluate.metrics.score
+    folder: Path
+
+
+def evaluate_run(
+    run: Path, split_name: str, corpus_path: str | None = None, overrides: Sequence[str] = ()
+) -> Evaluation:
+    """Score RUN/best on a split and write metrics.json, confusion.png and report.html on rank 0, in a folder of the run
+    that is of this corpus and split alone (see Scored.folder).
 
     Every rank calls it where there are several; the result does not depend on their number.
 
     Args:
         corpus_path: another corpus, with some of the same labels; what the run was trained on unless set.
-
-    Returns:
-        The scores, see jointfuse.evaluate.metrics.score.
+        overrides: `section.key=value` of what jointfuse.evaluate.scored allows.
 
     Raises:
-        UserError: no chosen model, no such split, or a corpus with a label that the model does not know.
+        UserError: no chosen model, no such split, a corpus with a label that the model does not know, or an override
+            that is not allowed.
     """
     if not (run / "best").is_dir():
         raise UserError(f"{run}: no chosen model here (RUN/best is missing); train first, or name another run folder")
     model = load_model(run / "best")
-    data = model.config.data
-    if corpus_path:
-        data = data.model_copy(update={"corpus": corpus_path, "mix": [], "remote": "", "cache": ""})
-    corpus = open_data(data, model.labels)
-    split = corpus.split(split_name)
+    scored = open_scored(model.config, model.labels, model.info.get("corpus"), corpus_path, overrides)
+    data, split = scored.settings, scored.corpus.split(split_name)
     network = model.network.cuda() if torch.cuda.is_available() else model.network
     reader = UtteranceReader(split, data, model.tokenizer, network.reads_audio, model.mel_mean, model.mel_deviation)
     predictions = predict(network, reader, data.workers)
-    result = score(predictions.labels, predictions.logits.argmax(axis=1), model.labels)
-    if world_size() == 1 or torch.distributed.get_rank() == 0:
-        _write(run, model.config, corpus, split, predictions, result)
-    return result
+    scores = score(predictions.labels, predictions.logits.argmax(axis=1), model.labels)
+    if group_rank() == 0:
+        _write(run, model.config, scored, split, predictions, scores)
+    return Evaluation(scores, scored.folder(run, split_name))
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """The scores as a table, and where the report is."""
+    console = Console()
+    console.print(score_table(evaluation.scores))
+    if absent := evaluation.scores["absent"]:
+        console.print(f"no utterance of the split is {' or '.join(absent)}", soft_wrap=True, highlight=False)
+    console.print(f"report: {evaluation.folder / 'report.html'}", soft_wrap=True, highlight=False)
 
 
 def _write(
     run: Path,
     config: Config,
-    corpus: AnyCorpus,
+    scored: Scored,
     split: AnySplit,
     predictions: Predictions,
-    result: dict[str, Any],
+    scores: dict[str, Any],
 ) -> None:
+    with (run / "best" / "model.safetensors").open("rb") as file:
+        model = hashlib.file_digest(file, "sha256").hexdigest()
+    identity = scored.identity(split.name) | {"model_sha256": model}
     settings = run / "config.yaml"
     if settings.exists():
         config = validate(
             read_yaml(settings, "it is written when a training starts; copy it from the run again"), str(settings)
         )
+    labels = scored.corpus.labels
     write_report(
-        run / f"eval-{split.name}",
-        title=f"{config.recipe} · {_MODALITIES[config.model.modality]} · {corpus.name} {split.name}",
+        scored.folder(run, split.name),
+        title=f"{config.recipe} · {_MODALITIES[config.model.modality]} · {scored.corpus.name} {split.name}",
         settings_yaml=config.to_yaml(),
-        corpus=corpus.info | {"split": split.name},
-        score=result,
-        names=corpus.labels,
+        corpus=scored.corpus.info | {"split": split.name},
+        score=scores | identity,
+        names=labels,
         predictions=predictions,
         history=read_metrics(run),
-        hard=[_hard(split, corpus.labels, predictions, int(i)) for i in hardest(predictions, HARDEST)],
+        hard=[_hard(split, labels, predictions, int(i)) for i in hardest(predictions, HARDEST)],
     )
 
 

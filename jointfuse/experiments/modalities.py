@@ -2,12 +2,12 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from jointfuse.config import load_config
+from jointfuse.config import Config, load_config
 from jointfuse.errors import UserError
 from jointfuse.evaluate.metrics import HEADLINES, summary_table
 from jointfuse.evaluate.report import write_comparison
@@ -20,43 +20,84 @@ MODALITIES = {"text": "text", "audio": "audio", "both": "text + audio"}
 
 
 def compare_modalities(
-    recipe: str, overrides: list[str], out: Path, ranks: int, seeds: int, console: Console
+    recipe: str, overrides: list[str], out: Path, ranks: int, seeds: int, console: Console, retrain: bool = False
 ) -> dict[str, Any]:
     """Train and score every modality with seeds 0 to `seeds` - 1; write OUT/results.json and OUT/comparison.html.
 
-    A run of OUT that is finished is not trained again, one that was interrupted is resumed.
+    A run of OUT that is finished is not trained again, one that was interrupted is resumed; both only where they are of
+    these settings and this corpus.
+
+    Args:
+        retrain: train what is of others anew; it is kept as RUN.old-N.
 
     Returns:
         results.json: for each modality its test scores by seed, and their mean and deviation.
 
     Raises:
-        UserError: bad settings, or a training that failed.
+        UserError: bad settings, runs of other settings or of another corpus, or a training that failed.
     """
-    from jointfuse.data.mixture import open_for_training
-    from jointfuse.train.run_folder import FINISHED, read_status
+    from jointfuse.data.mixture import corpus_digest, open_for_training
+    from jointfuse.experiments.earlier import difference, free_name, where
 
-    open_for_training(load_config(recipe, overrides).data).split(
-        "test"
-    )  # missing, it would be noticed only after a training
+    corpus = open_for_training(load_config(recipe, overrides).data)
+    corpus.split("test")  # missing, it would be noticed only after a training
+    runs = []
+    for seed in range(seeds):
+        for modality in MODALITIES:
+            settings = [*overrides, f"model.modality={modality}", f"train.seed={seed}"]
+            config = load_config(recipe, settings)
+            folder = out / f"{modality}-seed{seed}"
+            why = difference(folder, config, corpus_digest(corpus))
+            runs.append(_Run(folder, modality, seed, settings, config, why))
+    others = [run for run in runs if run.other]
+    if others and not retrain:
+        first, more = others[0], f" ({len(others) - 1} more runs likewise)" if len(others) > 1 else ""
+        raise UserError(
+            f"{first.folder} was trained {first.other}{more}; add --retrain to train anew what differs (the old run "
+            f"stays, as {free_name(first.folder).name}), or choose another --out"
+        )
     scores: dict[str, list[dict[str, Any]]] = {name: [] for name in MODALITIES}
     seconds: dict[str, float] = {}
-    for seed in range(seeds):
-        for modality, title in MODALITIES.items():
-            run = out / f"{modality}-seed{seed}"
-            settings = [*overrides, f"model.modality={modality}", f"train.seed={seed}"]
-            if read_status(run) != FINISHED:
-                console.rule(f"{title}, seed {seed}")
-                resume = (run / "config.yaml").exists()
-                started = time.monotonic()
-                check_train(load_config(recipe, settings), run, resume, ranks)
-                status = launch_training(recipe, settings, run, resume, ranks, brief=True)
-                if status == STOPPED:
-                    raise UserError(f"{run}: stopped when asked to; the same command goes on from there")
-                if status:
-                    raise UserError(f"{run}: training failed, see the lines above; the same command goes on from there")
-                seconds[run.name] = round(time.monotonic() - started, 1)
-            scores[modality].append(evaluate_run(run, "test"))
+    for run in runs:
+        started = time.monotonic()
+        if _trained_now(recipe, run, ranks, console):
+            seconds[run.folder.name] = round(time.monotonic() - started, 1)
+        scores[run.modality].append(evaluate_run(run.folder, "test", *where(run.folder, run.config)).scores)
     return _report(out, recipe, scores, seconds, console)
+
+
+class _Run(NamedTuple):
+    """A training of the comparison."""
+
+    folder: Path
+    modality: str
+    seed: int
+    settings: list[str]  # overrides
+    config: Config
+    other: str  # what the run in the folder was trained with that is not wanted now, in words
+
+
+def _trained_now(recipe: str, run: _Run, ranks: int, console: Console) -> bool:
+    """Train a run, to its end or from where it was interrupted; false: it is finished already."""
+    from jointfuse.experiments.earlier import free_name
+    from jointfuse.train.run_folder import FINISHED, read_status
+
+    if not run.other and read_status(run.folder) == FINISHED:
+        return False
+    console.rule(f"{MODALITIES[run.modality]}, seed {run.seed}")
+    aside = free_name(run.folder)
+    resume = not run.other and (run.folder / "config.yaml").exists()
+    # Into a free folder first: what cannot start leaves the old run in its place.
+    check_train(run.config, aside if run.other else run.folder, resume, ranks)
+    if run.other:
+        run.folder.rename(aside)
+        console.print(f"{run.folder} was trained {run.other}: it is {aside} now", soft_wrap=True, highlight=False)
+    status = launch_training(recipe, run.settings, run.folder, resume, ranks, brief=True)
+    if status == STOPPED:
+        raise UserError(f"{run.folder}: stopped when asked to; the same command goes on from there")
+    if status:
+        raise UserError(f"{run.folder}: training failed, see the lines above; the same command goes on from there")
+    return True
 
 
 def _report(

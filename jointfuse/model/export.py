@@ -97,25 +97,47 @@ def load_model(folder: Path) -> Exported:
     )
 
 
-def initialise(network: Network, folder: Path, labels: list[str]) -> None:
-    """Start `network` from an exported model; its heads only where the labels are the same.
+def exported_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of an exported model. Raises UserError: the folder holds no model, or one that reads no text."""
+    _read_description(folder)
+    if not (folder / "tokenizer").is_dir():
+        raise UserError(f"train.init_from: {folder} has no tokenizer, so that model reads no text; name another")
+    return AutoTokenizer.from_pretrained(folder / "tokenizer")
+
+
+def exported_mel(folder: Path) -> tuple[float, float]:
+    """Mel mean and deviation that an exported model was trained with. Raises UserError: the folder holds no model."""
+    mel = _read_description(folder)["mel"]
+    return mel["mean"], mel["deviation"]
+
+
+def initialise(network: Network, folder: Path, labels: list[str]) -> list[str]:
+    """Start `network` from an exported model; its heads class by class, by name.
+
+    Returns:
+        The labels that the export does not know: their rows of the heads stay as they are.
 
     Raises:
         UserError: the export has other parts or other shapes.
     """
-    description = _read_description(folder)
+    known: list[str] = _read_description(folder)["labels"]
     state = _read_weights(folder)
-    if description["labels"] != labels:
-        state = {name: tensor for name, tensor in state.items() if "_head." not in name}
     own = network.state_dict()
-    expected = {name for name in own if description["labels"] == labels or "_head." not in name}
-    odd = sorted(expected ^ state.keys()) or sorted(n for n in expected if own[n].shape != state[n].shape)
+    shared = [label for label in labels if label in known]
+    rows, theirs = ([names.index(label) for label in shared] for names in (labels, known))
+    for name in state.keys() & own.keys():
+        if "_head." in name and len(state[name]) == len(known):
+            head = own[name].clone()
+            head[rows] = state[name][theirs].to(head.dtype)
+            state[name] = head
+    odd = sorted(own.keys() ^ state.keys()) or sorted(n for n in own if own[n].shape != state[n].shape)
     if odd:
         raise UserError(
             f"train.init_from: {folder} was exported with other model settings ({len(odd)} parameters differ, "
             f"first {odd[0]}); its settings are in {folder / 'model.json'}"
         )
-    network.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
+    network.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    return [label for label in labels if label not in known]
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ RUN/checkpoints/step-00000120/   DeepSpeed's state, position.json, config.yaml
 RUN/checkpoints/latest           the name of the newest complete one
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from jointfuse.config import Config, changed_keys, validate
-from jointfuse.data.mixture import AnyCorpus
+from jointfuse.data.mixture import AnyCorpus, corpus_digest
 from jointfuse.errors import UserError
 from jointfuse.files import read_yaml, write_json, write_text
 from jointfuse.train.engine import Layout, layout, read_ds_config
@@ -59,6 +58,7 @@ class Position:
     precision: str = "float32"
     files: str = ""
     corpus: str = ""  # digest of corpus.json: the order of utterances is a function of the corpus, wherever it lies
+    mel: list[float] | None = None  # mean and deviation, where they are not the corpus's own
 
     @property
     def layout(self) -> Layout:
@@ -131,10 +131,6 @@ def latest_checkpoint(run: Path) -> Path | None:
     if not (folder / "position.json").exists():
         raise UserError(f"{run / 'checkpoints' / 'latest'} names {name}, which is not there; start a new run")
     return folder
-
-
-def corpus_digest(corpus: AnyCorpus) -> str:
-    return hashlib.sha256(json.dumps(corpus.info, sort_keys=True).encode()).hexdigest()
 
 
 def check_resumable(checkpoint: Path, config: Config, world_size: int, corpus: AnyCorpus) -> Position:

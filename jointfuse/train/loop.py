@@ -8,32 +8,29 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jointfuse.config import Config, parse_interval
 from jointfuse.data.augment import Augmentation
 from jointfuse.data.batch import Batch
 from jointfuse.data.columns import Weights
 from jointfuse.data.feed import Feed, Waited
-from jointfuse.data.mixture import MixedSplit, open_for_training
+from jointfuse.data.mixture import MixedSplit, corpus_digest, open_for_training
 from jointfuse.data.plan import Plan
 from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.stream import stream
-from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError
 from jointfuse.evaluate.metrics import HEADLINES, score
 from jointfuse.evaluate.predict import predict
-from jointfuse.model.backbones import pretrained_tokenizer
 from jointfuse.model.export import initialise, save_model
 from jointfuse.model.network import Network
 from jointfuse.train.checkpoint import (
     Checkpoints,
     Position,
     check_resumable,
-    corpus_digest,
     latest_checkpoint,
     load_checkpoint,
 )
@@ -63,6 +60,7 @@ from jointfuse.train.run_folder import (
     write_status,
 )
 from jointfuse.train.schedule import lr_factor
+from jointfuse.train.start import splits_read, starting_mel, starting_tokenizer
 from jointfuse.train.vote import Vote
 from jointfuse.train.watchdog import Watchdog
 
@@ -93,8 +91,12 @@ class Trainer:
         self.position = Position(corpus=corpus_digest(self.corpus), **asdict(self.layout))
         if checkpoint:
             self.position = check_resumable(checkpoint, config, self.world_size, self.corpus)
+        elif settings.init_from:
+            self.position.mel = list(starting_mel(config, self.corpus))
+        mean, deviation = self.position.mel or (self.corpus.mel_mean, self.corpus.mel_deviation)
+        self.mel = (mean, deviation)
         torch.manual_seed(settings.seed)
-        self.tokenizer = self._tokenizer()
+        self.tokenizer, self.unread_texts = starting_tokenizer(config, run, self.corpus)
         network = Network(
             config.model,
             len(self.corpus.labels),
@@ -104,10 +106,12 @@ class Trainer:
             checkpointing=settings.checkpointing,
             compiled=settings.compile,
         )
-        if settings.init_from:
-            initialise(network, Path(settings.init_from), self.corpus.labels)
+        self.new_labels: list[str] = []  # that the model this one starts from does not know
+        if settings.init_from and not checkpoint:
+            self.new_labels = initialise(network, Path(settings.init_from), self.corpus.labels)
         network.freeze(settings.freeze)
-        self.train_reader, self.dev_reader = self._reader("train"), self._reader("dev")
+        readers = {split: self._reader(split) for split in splits_read(config, self.corpus)}
+        self.train_reader, self.dev_reader = readers["train"], readers.get("dev")
         self.plan = self._plan()
         self.steps = settings.steps or self.plan.steps_per_epoch * (settings.epochs or 0)
         objective = Objective(network, config.loss, self.division.accumulation)
@@ -119,6 +123,7 @@ class Trainer:
             create_run_folder(run, config, self.world_size)
             if self.tokenizer:
                 self.tokenizer.save_pretrained(run / "tokenizer")
+            note(run / SKIPPED, [{"step": 0, "rank": 0, "why": why} for why in self.unread_texts])
         self.base_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.device = self.engine.device
         self.waited = Waited()
@@ -135,16 +140,6 @@ class Trainer:
         self.evaluate_every = self._in_steps(settings.evaluate_every)
         self.save_every = self._in_steps(settings.save_every)
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
-        model = self.config.model
-        if model.modality == "audio":
-            return None
-        if (self.run / "tokenizer").exists():
-            return AutoTokenizer.from_pretrained(self.run / "tokenizer")
-        if model.text_encoder.scratch:
-            return train_tokenizer(self.corpus.split("train"), model.text_encoder.scratch.vocabulary)
-        return pretrained_tokenizer(model.text_encoder, "model.text_encoder.weights")
-
     def _reader(self, split: str) -> UtteranceReader:
         modality = self.config.model.modality
         return UtteranceReader(
@@ -152,8 +147,7 @@ class Trainer:
             self.config.data,
             self.tokenizer,
             modality != "text",
-            self.corpus.mel_mean,
-            self.corpus.mel_deviation,
+            *self.mel,
         )
 
     def _plan(self) -> Plan:
@@ -184,9 +178,11 @@ class Trainer:
                 return False
             if position.step < self.steps:
                 self.display.line(f"stopped early: no better dev score in {self.config.train.patience} evaluations")
+            chosen_by = (
+                f"dev {HEADLINES[self.score_name]} {position.best_score:.4f}" if self.dev_reader else "no dev split"
+            )
             self.display.line(
-                f"finished at step {position.step}; chosen: step {position.best_step}, "
-                f"dev {HEADLINES[self.score_name]} {position.best_score:.4f}: {self.run / 'best'}"
+                f"finished at step {position.step}; chosen: step {position.best_step}, {chosen_by}: {self.run / 'best'}"
             )
         self._end(FINISHED)
         return True
@@ -325,8 +321,13 @@ class Trainer:
         torch.manual_seed(_mix(self.config.train.seed, self.position.step, self.rank, micro_batch))
 
     def _evaluate(self) -> None:
-        """Score the dev split; the model chosen so far is written at once."""
+        """Score the dev split; the model chosen so far is written at once. Without one, it is that of the end."""
         position = self.position
+        if not self.dev_reader:
+            if position.step == self.steps:
+                position.best_step = position.step
+                self._save_best({})
+            return
         predictions = predict(self.engine.module.network, self.dev_reader, self.config.data.workers)
         result = score(predictions.labels, predictions.logits.argmax(axis=1), self.corpus.labels)
         chosen_by = result[self.score_name]
@@ -334,18 +335,7 @@ class Trainer:
         if better:
             position.best_score, position.best_step = chosen_by, position.step
             position.evaluations_without_better = 0
-            state = full_state(self.engine)
-            if self.rank == 0:
-                save_model(
-                    self.run / "best",
-                    state,
-                    self.engine.module.network,
-                    self.config,
-                    self.corpus.labels,
-                    (self.corpus.mel_mean, self.corpus.mel_deviation),
-                    self.tokenizer,
-                    {"step": position.step, "epoch": position.epoch, "dev": result},
-                )
+            self._save_best(result)
         else:
             position.evaluations_without_better += 1
         figures = {name: result[name] for name in ("accuracy", "weighted_f1", "macro_f1")}
@@ -357,6 +347,21 @@ class Trainer:
             # `best`: the score by which a model was chosen, where this is the best so far.
             best = chosen_by if better else None
             self.log.write("dev", position.step, epoch=position.epoch, **figures, best=best)
+
+    def _save_best(self, dev: dict[str, Any]) -> None:
+        """Every rank calls it; `dev` are the scores by which the model was chosen."""
+        position, state = self.position, full_state(self.engine)
+        if self.rank == 0:
+            save_model(
+                self.run / "best",
+                state,
+                self.engine.module.network,
+                self.config,
+                self.corpus.labels,
+                self.mel,
+                self.tokenizer,
+                {"step": position.step, "epoch": position.epoch, "dev": dev, "corpus": position.corpus},
+            )
 
     def _report_skipped(self) -> None:
         if self.skipped:
@@ -376,6 +381,13 @@ class Trainer:
             f"{division.world_size} ranks x {division.accumulation} accumulated x {division.micro_batch}, "
             f"{self.config.train.deepspeed} on {self.device.type}"
         )
+        if self.new_labels:
+            self.display.line(f"train.init_from knows no {', '.join(self.new_labels)}: their heads begin anew")
+        if self.unread_texts:
+            self.display.line(
+                f"{len(self.unread_texts)} texts could not be read and are not in the tokenizer; {self.run / SKIPPED} "
+                "names them"
+            )
         if position.step:
             self.display.line(
                 f"resumed at step {position.step} (epoch {position.epoch + 1}, batch {position.batch})"
