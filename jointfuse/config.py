@@ -7,14 +7,16 @@ A setting lives in exactly one place. Stage, offload and precision belong to the
 import difflib
 import re
 import types
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from jointfuse.errors import UserError
-from jointfuse.files import parse_yaml, read_yaml
+from jointfuse.files import read_yaml
+from jointfuse.overrides import overridden
 
 Part = Literal[
     "text_encoder",  # the encoder whose hidden state enters the extractor
@@ -316,12 +318,12 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     """A recipe by name or path, with `section.key=value` overrides on top.
 
     Raises:
         UserError: an unknown recipe or key (its nearest neighbour is named), a wrong value (key, value and what is
-            allowed are named), a file that is not YAML.
+            allowed are named), a file that is not YAML. It is told of the override where it is an override's.
     """
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
@@ -331,24 +333,67 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Con
                 f"there is no recipe '{recipe}'{_neighbour(recipe, recipe_names())}; "
                 f"recipes: {', '.join(recipe_names())}, or a path to a .yaml file"
             )
-    tree = read_yaml(path, "a recipe has the sections data, model, loss and train")
-    tree.setdefault("recipe", path.stem)
-    for override in overrides:
-        _apply(tree, override)
-    return validate(tree, str(path))
+    recipe_tree = read_yaml(path, "a recipe has the sections data, model, loss and train")
+    recipe_tree.setdefault("recipe", path.stem)
+    tree = overridden(recipe_tree, overrides)
+    try:
+        return validate(tree, str(path))
+    except UserError as error:
+        if not overrides:
+            raise
+        fault = _fault(tree)
+        assert fault is not None
+        raise UserError(f"{_origin(recipe_tree, str(path), overrides, fault)}: {fault.message}") from error
 
 
 def validate(tree: dict[str, Any], origin: str) -> Config:
     """The settings in `tree`. Raises UserError naming `origin`, the key, the value and what is allowed."""
-    _refuse_unknown(tree, Config, "", origin)
+    fault = _fault(tree)
+    if fault:
+        raise UserError(f"{origin}: {fault.message}")
+    return Config.model_validate(tree)
+
+
+class _Fault(NamedTuple):
+    """The first setting that is wrong."""
+
+    message: str  # begins with its key
+    together: bool  # settings of a section that do not go with each other
+
+
+def _fault(tree: dict[str, Any]) -> _Fault | None:
+    unknown = _unknown(tree, Config, "")
+    if unknown:
+        return _Fault(unknown, together=False)
     try:
-        return Config.model_validate(tree)
+        Config.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"] if part != "[key]") or "settings"
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        shown = "" if isinstance(first["input"], dict | BaseModel) else f" = {first['input']!r}"
-        raise UserError(f"{origin}: {key}{shown}: {message}") from error
+        together = isinstance(first["input"], dict | BaseModel)
+        shown = "" if together else f" = {first['input']!r}"
+        return _Fault(f"{key}{shown}: {message}", together)
+    return None
+
+
+def _origin(recipe: dict[str, Any], path: str, overrides: Sequence[str], fault: _Fault) -> str:
+    """Whose mistake a fault is: the recipe's, or of those overrides without which it would not be there."""
+
+    def remains(kept: Sequence[str]) -> bool:
+        try:
+            return _fault(overridden(recipe, kept)) == fault
+        except UserError:  # an override that stands on another one
+            return False
+
+    if remains([]):
+        return path
+    others = [[*overrides[:number], *overrides[number + 1 :]] for number in range(len(overrides))]
+    to_blame = [one for one, kept in zip(overrides, others, strict=True) if not remains(kept)] or list(overrides)
+    named = " and ".join(f"'{one}'" for one in to_blame)
+    if len(to_blame) > 1:
+        return f"overrides {named}"
+    return f"override {named} does not go with {path}" if fault.together else f"override {named}"
 
 
 def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -371,60 +416,24 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override '{override}': write section.key=value, for example train.lr=3e-5")
-    try:
-        value = parse_yaml(text) if text else None
-    except yaml.YAMLError as error:
-        raise UserError(f"override '{override}': '{text}' is not a YAML value") from error
-    *sections, last = key.split(".")
-    node = tree
-    for section in sections:
-        child = node.get(section)
-        if child is None:
-            child = node[section] = {}
-        if not isinstance(child, dict):
-            raise UserError(f"override '{override}': '{section}' is a value, not a section")
-        node = child
-    # A backbone has one source: naming the other one replaces it.
-    if last in ("weights", "scratch") or (sections and sections[-1] == "scratch"):
-        owner, chosen = (node, last) if last in ("weights", "scratch") else (_owner(tree, sections), "scratch")
-        if value is not None:
-            owner["scratch" if chosen == "weights" else "weights"] = None
-    if key == "data.mix" and value:
-        node["corpus"] = ""
-    if key == "data.corpus" and value:
-        node["mix"] = []
-    if key in ("train.epochs", "train.steps") and value is not None:
-        node["steps" if last == "epochs" else "epochs"] = None
-    node[last] = value
-
-
-def _owner(tree: dict[str, Any], sections: list[str]) -> dict[str, Any]:
-    node = tree
-    for section in sections[:-1]:
-        node = node[section]
-    return node
-
-
-def _refuse_unknown(tree: dict[str, Any], model: type[BaseModel], prefix: str, origin: str) -> None:
+def _unknown(tree: dict[str, Any], model: type[BaseModel], prefix: str) -> str | None:
+    """What is wrong with the first key that no setting has, its nearest neighbour included."""
     for key, value in tree.items():
         field = model.model_fields.get(key)
         if field is None:
             known = [prefix + name for name in model.model_fields]
-            raise UserError(
-                f"{origin}: unknown setting '{prefix}{key}'{_neighbour(f'{prefix}{key}', known)}; "
+            return (
+                f"unknown setting '{prefix}{key}'{_neighbour(f'{prefix}{key}', known)}; "
                 f"known here: {', '.join(model.model_fields)}"
             )
         inner = _model_in(field.annotation)
-        if inner and isinstance(value, dict):
-            _refuse_unknown(value, inner, f"{prefix}{key}.", origin)
-        if inner and isinstance(value, list):
-            for number, item in enumerate(value):
-                if isinstance(item, dict):
-                    _refuse_unknown(item, inner, f"{prefix}{key}.{number}.", origin)
+        items = {f"{prefix}{key}.": value}
+        if isinstance(value, list):
+            items = {f"{prefix}{key}.{number}.": item for number, item in enumerate(value)}
+        for inside, item in items.items():
+            if inner and isinstance(item, dict) and (unknown := _unknown(item, inner, inside)):
+                return unknown
+    return None
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
