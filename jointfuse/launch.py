@@ -82,12 +82,13 @@ def check_train(config: Config, run: Path, resume: bool, ranks: int) -> None:
     """
     from jointfuse.data.mixture import open_for_training
     from jointfuse.train.checkpoint import check_resumable, latest_checkpoint
-    from jointfuse.train.engine import check_precision, divide, read_ds_config
+    from jointfuse.train.deepspeed_file import read_deepspeed_file
+    from jointfuse.train.engine import check_precision, divide
     from jointfuse.train.run_folder import check_run_folder
 
     check_run_folder(run, resume)
     divide(config.train, ranks)
-    check_precision(read_ds_config(config.train), config.train.deepspeed)
+    check_precision(read_deepspeed_file(config.train))
     corpus = open_for_training(config.data)
     checkpoint = latest_checkpoint(run) if resume else None
     if checkpoint:

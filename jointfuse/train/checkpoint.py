@@ -18,7 +18,8 @@ from jointfuse.config import Config, changed_keys, validate
 from jointfuse.data.mixture import AnyCorpus
 from jointfuse.errors import UserError
 from jointfuse.files import read_yaml, write_json, write_text
-from jointfuse.train.engine import Layout, layout, read_ds_config
+from jointfuse.train.deepspeed_file import read_deepspeed_file
+from jointfuse.train.engine import Layout, layout
 from jointfuse.train.resize import check_resize, load_resized
 from jointfuse.train.writer import Writer
 
@@ -162,7 +163,7 @@ def check_resumable(checkpoint: Path, config: Config, world_size: int, corpus: A
         raise UserError(
             f"{checkpoint} was written on another corpus than {corpus.path}; resume with the corpus of the run"
         )
-    check_resize(checkpoint, written, position.layout, config, layout(read_ds_config(config.train), world_size))
+    check_resize(checkpoint, written, position.layout, config, layout(read_deepspeed_file(config.train), world_size))
     return position
 
 

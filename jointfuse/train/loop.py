@@ -37,13 +37,13 @@ from jointfuse.train.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
 )
+from jointfuse.train.deepspeed_file import read_deepspeed_file, slow_precision
 from jointfuse.train.engine import (
     check_compile,
     divide,
     forget_gradients,
     full_state,
     layout,
-    read_ds_config,
     start_engine,
 )
 from jointfuse.train.objective import Objective
@@ -86,7 +86,8 @@ class Trainer:
         settings = config.train
         check_run_folder(run, resume)
         self.division = divide(settings, self.world_size)
-        self.layout = layout(read_ds_config(settings), self.world_size)
+        self.file = read_deepspeed_file(settings)
+        self.layout = layout(self.file, self.world_size)
         check_compile(settings, self.layout.stage)
         checkpoint = latest_checkpoint(run) if resume else None
         self.corpus = open_for_training(config.data)
@@ -376,6 +377,8 @@ class Trainer:
             f"{division.world_size} ranks x {division.accumulation} accumulated x {division.micro_batch}, "
             f"{self.config.train.deepspeed} on {self.device.type}"
         )
+        if slow := slow_precision(self.file, self.device.type):
+            self.display.line(slow)
         if position.step:
             self.display.line(
                 f"resumed at step {position.step} (epoch {position.epoch + 1}, batch {position.batch})"
