@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from jointfuse.errors import UserError
 from jointfuse.files import read_yaml
 from jointfuse.overrides import overridden
+from jointfuse.patience import PATIENCE
 
 Part = Literal[
     "text_encoder",  # the encoder whose hidden state enters the extractor
@@ -99,6 +100,9 @@ class DataSettings(Settings):
     )
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="skip: a training utterance that cannot be read is left out, counted and named"
+    )
+    patience: NotNegative = Field(
+        PATIENCE, description="seconds for a disk or server that is away to come back, until the run ends"
     )
     most_skipped: Share = Field(0.01, description="share of an epoch that may be skipped until the run ends")
     workers: Count = Field(1, description="decoding processes a rank")

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jointfuse.config import load_config
-from jointfuse.errors import UserError
+from jointfuse.errors import EndedError
 from jointfuse.evaluate.metrics import HEADLINES, summary_table
 from jointfuse.evaluate.report import write_comparison
 from jointfuse.evaluate.run import evaluate_run
@@ -30,7 +30,8 @@ def compare_modalities(
         results.json: for each modality its test scores by seed, and their mean and deviation.
 
     Raises:
-        UserError: bad settings, or a training that failed.
+        UserError: bad settings.
+        EndedError: a training failed or was stopped.
     """
     from jointfuse.data.mixture import open_for_training
     from jointfuse.train.run_folder import FINISHED, read_status
@@ -50,10 +51,9 @@ def compare_modalities(
                 started = time.monotonic()
                 check_train(load_config(recipe, settings), run, resume, ranks)
                 status = launch_training(recipe, settings, run, resume, ranks, brief=True)
-                if status == STOPPED:
-                    raise UserError(f"{run}: stopped when asked to; the same command goes on from there")
                 if status:
-                    raise UserError(f"{run}: training failed, see the lines above; the same command goes on from there")
+                    ending = "stopped when asked to" if status == STOPPED else "training failed, see the lines above"
+                    raise EndedError(f"{run}: {ending}; the same command goes on from there", status)
                 seconds[run.name] = round(time.monotonic() - started, 1)
             scores[modality].append(evaluate_run(run, "test"))
     return _report(out, recipe, scores, seconds, console)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jointfuse.config import load_config
 from jointfuse.interruption import listen
-from jointfuse.ranks import rank_main
+from jointfuse.ranks import join, rank_main
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,9 +24,10 @@ def main(arguments: list[str] | None = None) -> None:
     asked = listen()
 
     def work() -> bool:
+        config = load_config(chosen.recipe, chosen.overrides)
+        join(config.train.longest_step)
         from jointfuse.train.loop import Trainer
 
-        config = load_config(chosen.recipe, chosen.overrides)
         trainer = Trainer(config, chosen.run, chosen.resume, asked)
         if not chosen.brief and trainer.rank == 0:
             print(config.to_yaml(), flush=True)
