@@ -49,6 +49,8 @@ def examine(run: Path, ranks: int, nodes: Nodes, console: Console) -> list[Node]
     """
     import torch
 
+    from jointfuse.train.run_folder import describe_run
+
     folder = _folder(run)
     if nodes.number == 1:
         found = [_this(folder, sees_folder=True)]
@@ -78,6 +80,8 @@ def examine(run: Path, ranks: int, nodes: Nodes, console: Console) -> list[Node]
         versions = ", ".join(f"{package} {number}" for package, number in found[0].packages.items())
         console.print(f"Python {found[0].python}, {versions}", soft_wrap=True, highlight=False)
         console.print(_table(found))
+        if described := describe_run(run):
+            console.print(described, soft_wrap=True, highlight=False, markup=False)
         slow = [node.name for node in found if not node.devices and not node.bf16]
         if slow:
             console.print(

@@ -84,13 +84,17 @@ def check_train(config: Config, run: Path, resume: bool, ranks: int) -> None:
     from jointfuse.train.checkpoint import check_resumable, latest_checkpoint
     from jointfuse.train.deepspeed_file import read_deepspeed_file
     from jointfuse.train.engine import check_precision, divide
-    from jointfuse.train.run_folder import check_run_folder
+    from jointfuse.train.hold import check_not_held
+    from jointfuse.train.run_folder import DIED, check_run_folder, describe_run, read_status
 
+    check_not_held(run)
     check_run_folder(run, resume)
     divide(config.train, ranks)
     check_precision(read_deepspeed_file(config.train))
     corpus = open_for_training(config.data)
     checkpoint = latest_checkpoint(run) if resume else None
+    if resume and read_status(run) == DIED:
+        print(describe_run(run), file=sys.stderr)
     if checkpoint:
         check_resumable(checkpoint, config, ranks, corpus)
     for split in ("train", "dev"):

@@ -258,11 +258,20 @@ def test_what_cannot_be_planned_is_said(refused: Refused, recipe: str, arguments
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--ranks", 2, "train.lr=2e-3"], "was written with train.lr = 0.001, this run has 0.002"),
+        (
+            ["--ranks", 2, "train.lr=2e-3"],
+            "was written with other settings: train.lr = 0.001 there, 0.002 here; resume",
+        ),
         (
             ["--ranks", 2, "model.blocks=1", "train.seed=3"],
-            "was written with model.blocks = 2, this run has 1 and 1 more",
+            "other settings: model.blocks = 2 there, 1 here; train.seed = 0 there, 3 here; resume with the settings",
         ),
+        (["--ranks", 2, "train.steps=19"], "train.steps = 20 there, 19 here, which may only grow; resume with"),
+        (
+            ["--ranks", 2, "train.epochs=9"],
+            "train.epochs = None there, 9 here; train.steps = 20 there, None here, which",
+        ),
+        (["--ranks", 2, "train.choose_by=accuracy"], "train.choose_by = 'weighted_f1' there, 'accuracy' here; resume"),
         (["--ranks", 4], "train.batch = 6 cannot be divided over 4 ranks"),
         (
             ["--ranks", 3, "train.deepspeed=zero3_bf16"],
@@ -271,7 +280,7 @@ def test_what_cannot_be_planned_is_said(refused: Refused, recipe: str, arguments
         ),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_by_the_first_key_that_cannot_be_converted(
+def test_a_checkpoint_of_another_run_is_refused_by_all_that_differs(
     refused: Refused, recipe: Path, stopped: Path, arguments: list[object], says: str
 ) -> None:
     before = hashes(stopped)

@@ -5,7 +5,6 @@ to it later is seen without reading it again; when it was used last, in its acce
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -13,12 +12,13 @@ import select
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from jointfuse.errors import UserError
+from jointfuse.lock import locked
 from jointfuse.patience import PATIENCE, Away, patiently
 
 STALLED = 60.0  # seconds without a byte
@@ -62,7 +62,7 @@ class ShardCache:
             PassingFault: it could not be fetched.
         """
         path = self._path(shard)
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             if not _is_whole(path, shard):
                 self._fetch(split, shard, path)
             os.utime(path, ns=(time.time_ns(), _mark(shard)))
@@ -71,7 +71,7 @@ class ShardCache:
     def drop(self, shard: dict[str, Any]) -> None:
         """Have a shard fetched again when it is next asked for."""
         path = self._path(shard)
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             path.unlink(missing_ok=True)
 
     def _path(self, shard: dict[str, Any]) -> Path:
@@ -122,7 +122,7 @@ class ShardCache:
 
     def _reserve(self, size: int, part: Path) -> None:
         """A part that counts with all its bytes from the start, and room for it."""
-        with _locked(self.folder / "room.lock"):
+        with locked(self.folder / "room.lock"):
             held = sum(status.st_size for status in self._held().values())
             self._give_up(held + size - self.most_bytes)
             with part.open("wb") as file:
@@ -136,7 +136,7 @@ class ShardCache:
         for path in sorted(held, key=lambda path: held[path].st_atime_ns):
             if size <= 0:
                 break
-            with _locked(path.with_suffix(".lock"), wait=False) as free:
+            with locked(path.with_suffix(".lock"), wait=False) as free:
                 if free:
                     path.unlink(missing_ok=True)
                     size -= held[path].st_size
@@ -227,15 +227,3 @@ def _chunks(stream: Any) -> Iterator[bytes]:
         if not chunk:
             return
         yield chunk
-
-
-@contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Whether this process alone of this machine holds the lock; the system lets go of a dead one's."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True

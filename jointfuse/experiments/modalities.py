@@ -8,13 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from jointfuse.config import load_config
-from jointfuse.errors import EndedError
+from jointfuse.errors import EndedError, PassingFault
 from jointfuse.evaluate.metrics import HEADLINES, summary_table
 from jointfuse.evaluate.report import write_comparison
 from jointfuse.evaluate.run import evaluate_run
 from jointfuse.files import write_json
 from jointfuse.interruption import STOPPED
 from jointfuse.launch import check_train, launch_training
+from jointfuse.lock import Lock
 
 MODALITIES = {"text": "text", "audio": "audio", "both": "text + audio"}
 
@@ -39,6 +40,10 @@ def compare_modalities(
     open_for_training(load_config(recipe, overrides).data).split(
         "test"
     )  # missing, it would be noticed only after a training
+    out.mkdir(parents=True, exist_ok=True)
+    lock = Lock(out)  # until this function ends
+    if not lock.take():
+        raise PassingFault(f"{out}: another comparison works here; wait for it or choose another --out")
     scores: dict[str, list[dict[str, Any]]] = {name: [] for name in MODALITIES}
     seconds: dict[str, float] = {}
     for seed in range(seeds):

@@ -46,6 +46,7 @@ from jointfuse.train.engine import (
     layout,
     start_engine,
 )
+from jointfuse.train.hold import Hold
 from jointfuse.train.objective import Objective
 from jointfuse.train.pool import pool_step
 from jointfuse.train.progress import Display, peak_memory
@@ -62,7 +63,7 @@ from jointfuse.train.run_folder import (
     note,
     write_status,
 )
-from jointfuse.train.schedule import lr_factor
+from jointfuse.train.schedule import describe_longer, lr_factor
 from jointfuse.train.vote import Vote
 from jointfuse.train.watchdog import Watchdog
 
@@ -85,6 +86,9 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         settings = config.train
         check_run_folder(run, resume)
+        self.hold = Hold(run)
+        if resume and self.rank == 0:
+            self.hold.take()
         self.division = divide(settings, self.world_size)
         self.file = read_deepspeed_file(settings)
         self.layout = layout(self.file, self.world_size)
@@ -117,6 +121,7 @@ class Trainer:
         self.engine = start_engine(objective, config, self.division)
         dist.barrier()  # every rank has looked at the folder before rank 0 writes to it
         if self.rank == 0:
+            self.hold.take()
             create_run_folder(run, config, self.world_size)
             if self.tokenizer:
                 self.tokenizer.save_pretrained(run / "tokenizer")
@@ -125,8 +130,9 @@ class Trainer:
         self.waited = Waited()
         if checkpoint:
             load_checkpoint(self.engine, checkpoint, self.position.layout, self.layout)
-        self.resumed_from = self.position.layout
-        self.position = replace(self.position, **asdict(self.layout))
+        self.resumed_from, self.steps_before = self.position.layout, self.position.steps
+        warmup = self.position.warmup if checkpoint else round(settings.warmup * self.steps)
+        self.position = replace(self.position, steps=self.steps, warmup=warmup, **asdict(self.layout))
         self.log = MetricsLog(run, self.position.step) if self.rank == 0 else None
         self.broken = 0  # steps in a row
         self.skipped = 0  # utterances of this epoch, of all ranks, since the run was last started
@@ -196,6 +202,7 @@ class Trainer:
         if self.log:
             self.log.close()
             write_status(self.run, status)
+            self.hold.release()
 
     def _epoch(self) -> None:
         """The rest of the current epoch; ends early when steps or patience run out."""
@@ -261,7 +268,7 @@ class Trainer:
         if settings.record_batches:
             self._record(micro)
         total = self._counted(total, micro)
-        factor = lr_factor(settings, position.step - 1, self.steps)
+        factor = lr_factor(settings, position.step - 1, self.steps, position.warmup)
         for group, base in zip(self.engine.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * factor
         loss = self._micro_steps(total, micro, window)
@@ -384,6 +391,10 @@ class Trainer:
                 f"resumed at step {position.step} (epoch {position.epoch + 1}, batch {position.batch})"
                 f"{described(self.resumed_from, self.layout)}"
             )
+            if self.steps > self.steps_before:
+                self.display.line(
+                    describe_longer(self.config.train, position.step, self.steps_before, self.steps, position.warmup)
+                )
 
 
 class _Window:
