@@ -35,7 +35,7 @@ class PassingFault(ReadableError):
 class EndedError(ReadableError):
     """A process that this one has started ended with `status`, and so does this one."""
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
         self.status = status
 

@@ -1,6 +1,7 @@
 """What a DeepSpeed file decides, and who hears of it."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,17 @@ import pytest
 import torch
 from test_config import SMALL
 
+from jointfuse.capacity import plan as planning
 from jointfuse.capacity.zero import zero_file
 from jointfuse.config import load_config, recipe_names
 from jointfuse.errors import UserError
 from jointfuse.train.deepspeed_file import RECIPE_OWNS, DeepSpeedFile, read_deepspeed_file, slow_precision
+
+
+@dataclass(frozen=True)
+class Planned:
+    assumptions: list[str]
+
 
 SHIPPED = sorted(path.stem for path in (Path(__file__).parents[1] / "ds_configs").glob("*.json"))
 
@@ -105,3 +113,14 @@ def test_bf16_on_a_cpu_that_has_none_is_said_with_the_float32_file(
     assert slow_precision(own, "cpu").endswith("choose a DeepSpeed file without bf16") == slow
     assert not slow_precision(read(recipe, "zero2"), "cpu")
     assert not slow_precision(read(recipe, "zero2_bf16"), "cuda")
+
+
+def test_a_plan_for_such_a_cpu_says_so_first(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    monkeypatch.setattr(planning, "corpus_of", lambda *_: None)
+    monkeypatch.setattr(planning, "make_plan", lambda *_: Planned(["of the plan"]))
+    config = load_config(recipe, ["train.deepspeed=zero2_bf16"])
+    for device, lines in (("cpu", 2), ("gpu", 1)):
+        said = planning.plan_recipe(config, 2, device, [3, 4], 1.0, 1.0, 0.5).assumptions
+        assert len(said) == lines
+        assert ("zero2_bf16': this CPU has no instructions" in said[0]) == (device == "cpu")

@@ -61,11 +61,10 @@ def test_the_learning_rate_falls_to_the_new_end_and_is_not_warmed_up_again_in_an
     first = [1 / 2, 1, 1, 2 / 3, 1 / 3]  # of five steps, two of them a warm-up
     rest = [(9 - step) / 7 for step in range(5, 9)]
     assert rates == pytest.approx([1e-3 * factor for factor in first + rest])
-    line = (
-        "goes on to step 9 in place of 5: the learning rate is 57% of train.lr from here, where it was 0%, and falls to "
-        "0 at the new end; its warm-up is over\n"
+    line = "the learning rate is 57% of train.lr from here, where it was 0%, and falls to 0 at the new end; its warm-up"
+    assert lived[1].count(f"goes on to step 9 in place of 5: {line} is over\n") == 1, (
+        "the third life goes on for no longer than the second"
     )
-    assert lived[1].count(line) == 1, "the third life goes on for no longer than the second"
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine"])

@@ -139,6 +139,16 @@ def test_an_utterance_is_not_skipped_because_a_disk_was_away(
         next(stream(reader, planned, workers))
 
 
+def test_an_error_of_the_system_comes_out_of_a_decoding_process_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reader:
+        def batch(self, planned: object) -> Any:
+            raise OSError(errno.EIO, "Input/output error", "/net/file")
+
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        next(stream(Reader(), [(np.array([0]), np.array([True]))], workers=1))
+    assert line_and_status(caught.value) == ("/net/file: Input/output error", 75)
+
+
 @pytest.mark.parametrize("name", ["corpus.json", "dev/shard-000000.json", "dev/index.bin", "dev/shard-000000.tar"])
 def test_every_file_of_a_corpus_is_waited_for(
     name: str, corpus: Path, monkeypatch: pytest.MonkeyPatch, no_wait: None

@@ -33,7 +33,7 @@ class _PlannedBatches(Dataset[Any]):
         # An exception raised in a worker arrives wrapped in its stack trace; a value arrives as it is.
         try:
             return self.reader.batch(planned)
-        except ReadableError as error:
+        except (ReadableError, OSError) as error:
             return error
 
 
@@ -77,6 +77,6 @@ def stream(reader: Reader[Read], planned: Iterable[Planned], workers: int, pin: 
                 f"a decoding process ended ({str(error).splitlines()[0]}), probably for want of memory; "
                 "choose fewer data.workers or a smaller train.batch and go on with --resume"
             ) from error
-        if isinstance(batch, ReadableError):
+        if isinstance(batch, ReadableError | OSError):
             raise batch
         yield batch
