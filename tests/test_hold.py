@@ -135,6 +135,18 @@ def test_what_has_ended_is_said_to_have(status: str, says: str, tmp_path: Path) 
     assert f"{tmp_path}: {says}" in describe_run(tmp_path)
 
 
+def test_a_run_of_another_machine_that_nothing_holds_is_not_sworn_to_be_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_status(tmp_path, RUNNING)
+    hold = Hold(tmp_path)
+    hold.take()
+    hold.release()
+    assert " and died after step 0; --resume" in describe_run(tmp_path)
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    assert "died after step 0 (unless its disk carries no locks between machines); --resume" in describe_run(tmp_path)
+
+
 def test_a_second_comparison_in_one_folder_is_refused(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

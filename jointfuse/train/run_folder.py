@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -84,9 +85,11 @@ def describe_run(run: Path) -> str:
         return ""
     holder, step = holder_of(run), max((row["step"] for row in read_metrics(run)), default=0)
     where = f" {holder}" if holder else ""
+    elsewhere = holder is not None and holder.host != socket.gethostname()
+    unless = " (unless its disk carries no locks between machines)" if elsewhere else ""
     return f"{run}: " + {
         RUNNING: f"is running{where}, at step {step}",
-        DIED: f"was running{where} and died after step {step}; --resume goes on from its last checkpoint",
+        DIED: f"was running{where} and died after step {step}{unless}; --resume goes on from its last checkpoint",
         STOPPED_EARLY: f"stopped after step {step} when asked to; --resume goes on from there",
         FINISHED: f"finished at step {step}; with more train.epochs or train.steps, --resume trains it for longer",
     }.get(status, f"status {status!r}")
