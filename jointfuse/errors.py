@@ -48,7 +48,9 @@ def may_pass(error: OSError) -> bool:
 def line_and_status(error: ReadableError | OSError) -> tuple[str, int]:
     """What a command says last, after `error: `, and its exit status."""
     if isinstance(error, ReadableError):
-        return str(error), error.status
-    reason = error.strerror or str(error) or type(error).__name__
-    line = f"{error.filename}: {reason}" if error.filename else reason
-    return line, PASSING if may_pass(error) else USER_ERROR
+        line, status = str(error), error.status
+    else:
+        reason = error.strerror or str(error) or type(error).__name__
+        line = f"{error.filename}: {reason}" if error.filename else reason
+        status = PASSING if may_pass(error) else USER_ERROR
+    return " ".join(line.splitlines()), status

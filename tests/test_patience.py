@@ -77,7 +77,7 @@ def test_what_does_not_pass_is_not_waited_for(number: int, slept: list[float]) -
     ("error", "line", "status"),
     [
         (PassingFault("away"), "away", 75),
-        (UserError("wrong"), "wrong", 2),
+        (UserError("wrong,\nand more"), "wrong, and more", 2),
         (EndedError("stopped", 3), "stopped", 3),
         *((OSError(number, os.strerror(number), "f"), f"f: {os.strerror(number)}", 75) for number in AWAY),
         *((OSError(number, os.strerror(number), "f"), f"f: {os.strerror(number)}", 2) for number in STAYS),
