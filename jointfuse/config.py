@@ -4,17 +4,16 @@ A setting lives in exactly one place. Stage, offload and precision belong to the
 `train.deepspeed`; batch, accumulation, clipping and learning rates belong to the recipe.
 """
 
-import difflib
 import re
-import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from jointfuse.errors import UserError
+from jointfuse.faults import blame, find_fault, neighbour
 from jointfuse.files import read_yaml
 from jointfuse.overrides import overridden
 from jointfuse.patience import PATIENCE
@@ -334,70 +333,25 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
         path = RECIPES / f"{recipe}.yaml"
         if not path.exists():
             raise UserError(
-                f"there is no recipe '{recipe}'{_neighbour(recipe, recipe_names())}; "
+                f"there is no recipe '{recipe}'{neighbour(recipe, recipe_names())}; "
                 f"recipes: {', '.join(recipe_names())}, or a path to a .yaml file"
             )
     recipe_tree = read_yaml(path, "a recipe has the sections data, model, loss and train")
     recipe_tree.setdefault("recipe", path.stem)
     tree = overridden(recipe_tree, overrides)
-    try:
-        return validate(tree, str(path))
-    except UserError as error:
-        if not overrides:
-            raise
-        fault = _fault(tree)
-        assert fault is not None
-        raise UserError(f"{_origin(recipe_tree, str(path), overrides, fault)}: {fault.message}") from error
+    fault = find_fault(tree, Config)
+    if fault:
+        blamed = blame(fault, Config, recipe_tree, str(path), overrides)
+        raise UserError(f"{blamed}: {fault.message}")
+    return Config.model_validate(tree)
 
 
 def validate(tree: dict[str, Any], origin: str) -> Config:
     """The settings in `tree`. Raises UserError naming `origin`, the key, the value and what is allowed."""
-    fault = _fault(tree)
+    fault = find_fault(tree, Config)
     if fault:
         raise UserError(f"{origin}: {fault.message}")
     return Config.model_validate(tree)
-
-
-class _Fault(NamedTuple):
-    """The first setting that is wrong."""
-
-    message: str  # begins with its key
-    together: bool  # settings of a section that do not go with each other
-
-
-def _fault(tree: dict[str, Any]) -> _Fault | None:
-    unknown = _unknown(tree, Config, "")
-    if unknown:
-        return _Fault(unknown, together=False)
-    try:
-        Config.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"] if part != "[key]") or "settings"
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        together = isinstance(first["input"], dict | BaseModel)
-        shown = "" if together else f" = {first['input']!r}"
-        return _Fault(f"{key}{shown}: {message}", together)
-    return None
-
-
-def _origin(recipe: dict[str, Any], path: str, overrides: Sequence[str], fault: _Fault) -> str:
-    """Whose mistake a fault is: the recipe's, or of those overrides without which it would not be there."""
-
-    def remains(kept: Sequence[str]) -> bool:
-        try:
-            return _fault(overridden(recipe, kept)) == fault
-        except UserError:  # an override that stands on another one
-            return False
-
-    if remains([]):
-        return path
-    others = [[*overrides[:number], *overrides[number + 1 :]] for number in range(len(overrides))]
-    to_blame = [one for one, kept in zip(overrides, others, strict=True) if not remains(kept)] or list(overrides)
-    named = " and ".join(f"'{one}'" for one in to_blame)
-    if len(to_blame) > 1:
-        return f"overrides {named}"
-    return f"override {named} does not go with {path}" if fault.together else f"override {named}"
 
 
 def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -418,34 +372,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _unknown(tree: dict[str, Any], model: type[BaseModel], prefix: str) -> str | None:
-    """What is wrong with the first key that no setting has, its nearest neighbour included."""
-    for key, value in tree.items():
-        field = model.model_fields.get(key)
-        if field is None:
-            known = [prefix + name for name in model.model_fields]
-            return (
-                f"unknown setting '{prefix}{key}'{_neighbour(f'{prefix}{key}', known)}; "
-                f"known here: {', '.join(model.model_fields)}"
-            )
-        inner = _model_in(field.annotation)
-        items = {f"{prefix}{key}.": value}
-        if isinstance(value, list):
-            items = {f"{prefix}{key}.{number}.": item for number, item in enumerate(value)}
-        for inside, item in items.items():
-            if inner and isinstance(item, dict) and (unknown := _unknown(item, inner, inside)):
-                return unknown
-    return None
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if get_origin(annotation) in (Union, types.UnionType, list):
-        return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _neighbour(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f", did you mean '{close[0]}'?" if close else ""

@@ -294,11 +294,11 @@ def test_changed_keys_are_exactly_the_keys_whose_values_differ(old: dict[str, An
 
 
 def leaves(model: type[BaseModel]) -> list[str]:
-    from jointfuse.config import _model_in
+    from jointfuse.faults import model_in
 
     names = []
     for name, field in model.model_fields.items():
-        inner = _model_in(field.annotation)
+        inner = model_in(field.annotation)
         names += [f"{name}.{leaf}" for leaf in leaves(inner)] if inner else [name]
     return names
 
