@@ -185,7 +185,6 @@ def trainer(recipe: Path, run: Path, *overrides: str, resume: bool = False) -> I
     try:
         yield made
     finally:
-        made.hold.release()
         made.engine.destroy()
 
 

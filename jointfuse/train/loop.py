@@ -76,19 +76,25 @@ class Trainer:
         run: folder of the run.
         resume: go on from the run's latest checkpoint (from the start where it has none yet).
         asked: set once this rank is to save and stop.
+        hold: rank 0 takes it before it writes to the folder.
 
     Raises:
         UserError: settings, data, weights or a checkpoint that cannot be used; nothing has been written then.
+        PassingFault: another process trains the run.
     """
 
-    def __init__(self, config: Config, run: Path, resume: bool, asked: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        resume: bool,
+        asked: threading.Event | None = None,
+        hold: Hold | None = None,
+    ) -> None:
         self.config, self.run = config, run
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         settings = config.train
         check_run_folder(run, resume)
-        self.hold = Hold(run)
-        if resume and self.rank == 0:
-            self.hold.take()
         self.division = divide(settings, self.world_size)
         self.file = read_deepspeed_file(settings)
         self.layout = layout(self.file, self.world_size)
@@ -121,7 +127,8 @@ class Trainer:
         self.engine = start_engine(objective, config, self.division)
         dist.barrier()  # every rank has looked at the folder before rank 0 writes to it
         if self.rank == 0:
-            self.hold.take()
+            if hold:
+                hold.take()
             create_run_folder(run, config, self.world_size)
             if self.tokenizer:
                 self.tokenizer.save_pretrained(run / "tokenizer")
@@ -202,7 +209,6 @@ class Trainer:
         if self.log:
             self.log.close()
             write_status(self.run, status)
-            self.hold.release()
 
     def _epoch(self) -> None:
         """The rest of the current epoch; ends early when steps or patience run out."""
