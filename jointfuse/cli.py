@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from jointfuse.config import load_config, recipe_names
-from jointfuse.errors import UserError
+from jointfuse.errors import ReadableError, line_and_status
 
 app = typer.Typer(
     help="Train and evaluate joint-vector fusion of text and speech for emotion recognition in conversation.",
@@ -39,7 +39,7 @@ def train(
     """Train a recipe through the DeepSpeed launcher.
 
     USR2, TERM or Ctrl-C: every rank saves after the step it is at, and --resume goes on from there. Exit status: 0
-    finished, 2 a mistake in settings or data, 3 stopped when asked to; anything else is a fault.
+    finished, 2 a mistake in settings or data, 3 stopped when asked to; anything else is a fault, 75 one that may pass.
     """
     from jointfuse.interruption import end_when_asked
     from jointfuse.launch import Nodes, check_train, launch_training
@@ -142,9 +142,10 @@ def recipes() -> None:
 
 
 def main() -> None:
-    """Run the command line. A user's mistake is one line and exit status 2."""
+    """Run the command line. A user's mistake is one line and exit status 2, a disk that is away one line and 75."""
     try:
         app()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (ReadableError, OSError) as error:
+        line, status = line_and_status(error)
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(status)

@@ -4,18 +4,19 @@ A setting lives in exactly one place. Stage, offload and precision belong to the
 `train.deepspeed`; batch, accumulation, clipping and learning rates belong to the recipe.
 """
 
-import difflib
 import re
-import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from jointfuse.errors import UserError
-from jointfuse.files import parse_yaml, read_yaml
+from jointfuse.faults import blame, find_fault, neighbour
+from jointfuse.files import read_yaml
+from jointfuse.overrides import overridden
+from jointfuse.patience import PATIENCE
 
 Part = Literal[
     "text_encoder",  # the encoder whose hidden state enters the extractor
@@ -98,6 +99,9 @@ class DataSettings(Settings):
     )
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="skip: a training utterance that cannot be read is left out, counted and named"
+    )
+    patience: NotNegative = Field(
+        PATIENCE, description="seconds for a disk or server that is away to come back, until the run ends"
     )
     most_skipped: Share = Field(0.01, description="share of an epoch that may be skipped until the run ends")
     workers: Count = Field(1, description="decoding processes a rank")
@@ -317,49 +321,45 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     """A recipe by name or path, with `section.key=value` overrides on top.
 
     Raises:
         UserError: an unknown recipe or key (its nearest neighbour is named), a wrong value (key, value and what is
-            allowed are named), a file that is not YAML.
+            allowed are named), a file that is not YAML. It is told of the override where it is an override's.
     """
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{recipe}.yaml"
         if not path.exists():
             raise UserError(
-                f"there is no recipe '{recipe}'{_neighbour(recipe, recipe_names())}; "
+                f"there is no recipe '{recipe}'{neighbour(recipe, recipe_names())}; "
                 f"recipes: {', '.join(recipe_names())}, or a path to a .yaml file"
             )
-    tree = read_yaml(path, "a recipe has the sections data, model, loss and train")
-    tree.setdefault("recipe", path.stem)
-    for override in overrides:
-        _apply(tree, override)
-    return validate(tree, str(path))
+    recipe_tree = read_yaml(path, "a recipe has the sections data, model, loss and train")
+    recipe_tree.setdefault("recipe", path.stem)
+    return _config_of(recipe_tree, str(path), overrides)
 
 
-def overridden(config: Config, overrides: Sequence[str]) -> Config:
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """Settings with `section.key=value` overrides on top. Raises UserError as `load_config`."""
-    if not overrides:
-        return config
-    tree = config.model_dump(mode="json")
-    for override in overrides:
-        _apply(tree, override)
-    return validate(tree, " ".join(overrides))
+    return _config_of(config.model_dump(mode="json"), f"settings of {config.recipe}", overrides)
+
+
+def _config_of(tree: dict[str, Any], origin: str, overrides: Sequence[str]) -> Config:
+    whole = overridden(tree, overrides)
+    fault = find_fault(whole, Config)
+    if fault:
+        raise UserError(f"{blame(fault, Config, tree, origin, overrides)}: {fault.message}")
+    return Config.model_validate(whole)
 
 
 def validate(tree: dict[str, Any], origin: str) -> Config:
     """The settings in `tree`. Raises UserError naming `origin`, the key, the value and what is allowed."""
-    _refuse_unknown(tree, Config, "", origin)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"] if part != "[key]") or "settings"
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        shown = "" if isinstance(first["input"], dict | BaseModel) else f" = {first['input']!r}"
-        raise UserError(f"{origin}: {key}{shown}: {message}") from error
+    fault = find_fault(tree, Config)
+    if fault:
+        raise UserError(f"{origin}: {fault.message}")
+    return Config.model_validate(tree)
 
 
 def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -380,70 +380,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override '{override}': write section.key=value, for example train.lr=3e-5")
-    try:
-        value = parse_yaml(text) if text else None
-    except yaml.YAMLError as error:
-        raise UserError(f"override '{override}': '{text}' is not a YAML value") from error
-    *sections, last = key.split(".")
-    node = tree
-    for section in sections:
-        child = node.get(section)
-        if child is None:
-            child = node[section] = {}
-        if not isinstance(child, dict):
-            raise UserError(f"override '{override}': '{section}' is a value, not a section")
-        node = child
-    # A backbone has one source: naming the other one replaces it.
-    if last in ("weights", "scratch") or (sections and sections[-1] == "scratch"):
-        owner, chosen = (node, last) if last in ("weights", "scratch") else (_owner(tree, sections), "scratch")
-        if value is not None:
-            owner["scratch" if chosen == "weights" else "weights"] = None
-    if key == "data.mix" and value:
-        node["corpus"] = ""
-    if key == "data.corpus" and value:
-        node["mix"] = []
-    if key in ("train.epochs", "train.steps") and value is not None:
-        node["steps" if last == "epochs" else "epochs"] = None
-    node[last] = value
-
-
-def _owner(tree: dict[str, Any], sections: list[str]) -> dict[str, Any]:
-    node = tree
-    for section in sections[:-1]:
-        node = node[section]
-    return node
-
-
-def _refuse_unknown(tree: dict[str, Any], model: type[BaseModel], prefix: str, origin: str) -> None:
-    for key, value in tree.items():
-        field = model.model_fields.get(key)
-        if field is None:
-            known = [prefix + name for name in model.model_fields]
-            raise UserError(
-                f"{origin}: unknown setting '{prefix}{key}'{_neighbour(f'{prefix}{key}', known)}; "
-                f"known here: {', '.join(model.model_fields)}"
-            )
-        inner = _model_in(field.annotation)
-        if inner and isinstance(value, dict):
-            _refuse_unknown(value, inner, f"{prefix}{key}.", origin)
-        if inner and isinstance(value, list):
-            for number, item in enumerate(value):
-                if isinstance(item, dict):
-                    _refuse_unknown(item, inner, f"{prefix}{key}.{number}.", origin)
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if get_origin(annotation) in (Union, types.UnionType, list):
-        return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _neighbour(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f", did you mean '{close[0]}'?" if close else ""

@@ -29,6 +29,7 @@ class Node:
     packages: dict[str, str]
     devices: list[str]  # GPUs; none: it trains on its CPU
     cores: int
+    bf16: bool  # whether its CPU has instructions for it
     free_bytes: int  # where the run goes
     sees_folder: bool  # what node 0 has put there
 
@@ -47,6 +48,8 @@ def examine(run: Path, ranks: int, nodes: Nodes, console: Console) -> list[Node]
         UserError: a node that cannot be reached or is not as the others, too few GPUs, no room on the disk.
     """
     import torch
+
+    from jointfuse.train.run_folder import describe_run
 
     folder = _folder(run)
     if nodes.number == 1:
@@ -77,6 +80,16 @@ def examine(run: Path, ranks: int, nodes: Nodes, console: Console) -> list[Node]
         versions = ", ".join(f"{package} {number}" for package, number in found[0].packages.items())
         console.print(f"Python {found[0].python}, {versions}", soft_wrap=True, highlight=False)
         console.print(_table(found))
+        if described := describe_run(run):
+            console.print(described, soft_wrap=True, highlight=False, markup=False)
+        slow = [node.name for node in found if not node.devices and not node.bf16]
+        if slow:
+            console.print(
+                f"{', '.join(slow)}: no GPU, and a CPU without instructions for bf16, some twenty times slower "
+                "there than float32: choose zero2 rather than zero2_bf16, and likewise",
+                soft_wrap=True,
+                highlight=False,
+            )
     return found
 
 
@@ -112,12 +125,15 @@ def _this(folder: Path, sees_folder: bool) -> Node:
 
     import torch
 
+    from jointfuse.train.deepspeed_file import has_native_bf16
+
     return Node(
         name=socket.gethostname(),
         python=platform.python_version(),
         packages={package: version(package) for package in PACKAGES},
         devices=[torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         cores=os.cpu_count() or 1,
+        bf16=has_native_bf16(),
         free_bytes=shutil.disk_usage(folder).free,
         sees_folder=sees_folder,
     )

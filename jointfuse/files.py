@@ -15,6 +15,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from jointfuse.errors import UserError
+from jointfuse.patience import PATIENCE, patiently
 
 Content = TypeVar("Content")
 
@@ -44,23 +45,25 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
-def read_text(path: Path, way_out: str) -> str:
-    """The text of a UTF-8 file. Raises UserError where it cannot be read; `way_out` ends its message."""
+def read_text(path: Path, way_out: str, patience: float = PATIENCE) -> str:
+    """The text of a UTF-8 file. Raises UserError where it cannot be read, whose message `way_out` ends, PassingFault
+    where its disk is away for longer than `patience` seconds."""
     try:
-        return path.read_bytes().decode()
+        return patiently(path.read_bytes, str(path), patience).decode()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {way_out}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: damaged, byte {error.start} is not UTF-8 text; {way_out}") from error
 
 
-def read_json(path: Path, kind: type[Content], way_out: str) -> Content:
+def read_json(path: Path, kind: type[Content], way_out: str, patience: float = PATIENCE) -> Content:
     """The content of a JSON file, checked against `kind`: a pydantic model, a TypedDict, or any type of Python.
 
     Raises:
         UserError: the file cannot be read, is not JSON, or is not of `kind`; `way_out` ends its message.
+        PassingFault: its disk is away for longer than `patience` seconds.
     """
-    text = read_text(path, way_out)
+    text = read_text(path, way_out, patience)
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jointfuse.config import Config
-from jointfuse.errors import UserError
+from jointfuse.errors import PASSING, USER_ERROR, UserError
 from jointfuse.interruption import JOB, POLL, STOPPED, Job, shielded
-from jointfuse.ranks import USER_ERROR, free_port
+from jointfuse.ranks import free_port
 
 INTERRUPTED = 130  # exit status after a second Ctrl-C
 GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
@@ -82,15 +82,20 @@ def check_train(config: Config, run: Path, resume: bool, ranks: int) -> None:
     """
     from jointfuse.data.mixture import open_for_training
     from jointfuse.train.checkpoint import check_resumable, latest_checkpoint
-    from jointfuse.train.engine import check_precision, divide, read_ds_config
-    from jointfuse.train.run_folder import check_run_folder
+    from jointfuse.train.deepspeed_file import read_deepspeed_file
+    from jointfuse.train.engine import check_precision, divide
+    from jointfuse.train.hold import check_not_held
+    from jointfuse.train.run_folder import DIED, check_run_folder, describe_run, read_status
     from jointfuse.train.start import splits_read
 
+    check_not_held(run)
     check_run_folder(run, resume)
     divide(config.train, ranks)
-    check_precision(read_ds_config(config.train), config.train.deepspeed)
+    check_precision(read_deepspeed_file(config.train))
     corpus = open_for_training(config.data)
     checkpoint = latest_checkpoint(run) if resume else None
+    if resume and read_status(run) == DIED:
+        print(describe_run(run), file=sys.stderr)
     if checkpoint:
         check_resumable(checkpoint, config, ranks, corpus)
     for split in splits_read(config, corpus):
@@ -107,7 +112,7 @@ def launch_training(
     brief: bool = False,
 ) -> int:
     """Train on `ranks` ranks of this machine and as many of each other node. Returns the exit status: 0 finished, 2 a
-    user's mistake, 3 stopped when asked to, with a checkpoint; anything else is a fault."""
+    user's mistake, 3 stopped when asked to, with a checkpoint; anything else is a fault, 75 one that may pass."""
     from jointfuse.train.run_folder import FINISHED, STOPPED_EARLY, read_status
 
     options = [
@@ -178,7 +183,7 @@ def launch(
                 return INTERRUPTED
         else:
             status = subprocess.run(command, env=environment, check=False).returncode
-    if status not in (0, 1, USER_ERROR, STOPPED):  # those ranks have said why
+    if status not in (0, 1, USER_ERROR, STOPPED, PASSING):  # those ranks have said why
         print(
             f"error: a rank of {module} was killed (exit status {status}); if memory ran out, use more ranks or a "
             f"smaller train.micro_batch",

@@ -8,30 +8,31 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn
 
-from jointfuse.errors import UserError
+from jointfuse.errors import ReadableError, line_and_status
 from jointfuse.interruption import FAULT, STOPPED
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-USER_ERROR = 2  # exit status
+MARGIN = 600.0  # seconds: weights are loaded and extensions compiled before a first step, and the watchdog is to speak
+# before a collective gives up, since it says where
 LOST = 15  # seconds
 
 
 def rank_main(work: Callable[[], bool]) -> None:
-    """Join the other ranks, do `work`, leave.
+    """Do `work`, which calls `join`, and leave the other ranks.
 
-    A UserError ends the process with one line and exit status 2, work that answers False (it was stopped) with 3.
+    A UserError ends the process with one line and exit status 2, a disk or server that was away with 75, work that
+    answers False (it was stopped) with 3.
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
-        _join()
         done = work()
-    except (UserError, OSError) as error:
+    except (ReadableError, OSError) as error:
+        line, status = line_and_status(error)
         if rank:
             # Mostly every rank finds the same fault: rank 0 says it, and its exit ends the others before they do.
             time.sleep(5)
-        print(f"error: {'' if not rank else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+        print(f"error: {'' if not rank else f'rank {rank}: '}{line}", file=sys.stderr, flush=True)
         # Without tearing down: the other ranks may be inside a collective that will not end.
-        os._exit(USER_ERROR)
+        os._exit(status)
     except RuntimeError as error:
         if not _means_a_lost_peer(error):
             raise
@@ -53,8 +54,14 @@ def _means_a_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
-def _join() -> None:
+def join(longest_step: float) -> None:
+    """Become one of the ranks that the environment names, or the only one.
+
+    Args:
+        longest_step: seconds between two collectives, at the most; with a margin, all of them wait for so long.
+    """
     import torch
+    from torch.distributed import distributed_c10d
 
     alone = "RANK" not in os.environ
     if alone:
@@ -66,7 +73,10 @@ def _join() -> None:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    timeout = timedelta(seconds=longest_step + MARGIN)
+    torch.distributed.init_process_group(backend, timeout=timeout)
+    # Of the groups that are formed later, DeepSpeed's among them, which would have torch's own.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 def leave(status: int) -> NoReturn:

@@ -83,17 +83,27 @@ def copied(corpus: Path, tmp_path: Path) -> Path:
         ("train.micro_batch=4", "train.micro_batch 4 does not divide train.batch 6"),
         ("train.micro_batch=2", "train.micro_batch = 2: each of 2 ranks holds 3 utterances"),
         ("train.deepspeed=zero4", "train.deepspeed = 'zero4': choose one of"),
-        (
-            "train.deepspeed=zero2_fp16",
-            "train.deepspeed = 'zero2_fp16': this machine's device (cpu) cannot train in fp16",
-        ),
-        ("train.deepspeed=nowhere.json", "train.deepspeed: nowhere.json cannot be read"),
+        ("train.deepspeed=nowhere.json", "nowhere.json: cannot be read (No such file or directory); train.deepspeed"),
         ("data.corpus=nowhere", "nowhere: no such folder"),
         ("data.corpus=", "data.corpus"),
     ],
 )
 def test_a_wrong_setting_is_named(refused: Refused, recipe: Path, run: Path, override: str, says: str) -> None:
     assert says in refused("train", "--recipe", recipe, "--run", run, "--ranks", 2, override)
+    assert not run.parent.exists()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_precision_that_the_device_cannot_have_is_named(
+    refused: Refused, recipe: Path, run: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    name = f"is_{precision}_supported"  # which CPU knows fp16 is not the same everywhere
+    monkeypatch.setattr(get_accelerator(), name, lambda: False)
+    assert f"train.deepspeed = 'zero2_{precision}': this machine's device (cpu) cannot train in {precision}" in refused(
+        "train", "--recipe", recipe, "--run", run, f"train.deepspeed=zero2_{precision}"
+    )
     assert not run.parent.exists()
 
 
@@ -119,7 +129,16 @@ def test_a_wrong_recipe_is_named(refused: Refused, run: Path, tmp_path: Path, co
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{", "is not valid JSON"),
+        ("{", "Invalid JSON"),
+        ('{"zero_optimization": {"stage": "two"}}', "zero_optimization.stage: Input should be 0, 1, 2 or 3"),
+        ('{"fp16": true}', "fp16: Input should be"),
+        ('{"bf16": {"enabled": "yes"}}', "bf16.enabled: Input should be a valid boolean"),
+        ('{"bf16": {"enabled": true}, "fp16": {"enabled": true}}', "fp16 and bf16 are both enabled"),
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}', "zero_optimization.offload_optimizer: "),
+        ('{"zero_optimization": {"offload_optimizer": {"device": "disk"}}}', "offload_optimizer.device: Input should"),
+        ('{"zero_optimization": {"cpu_offload": true}}', "'cpu_offload' is an old name; write offload_optimizer"),
+        ('{"zero_optimization": {"reduce_bucket_size": "auto"}}', "zero_optimization.reduce_bucket_size: Input"),
+        ("[1]", "Input should be an object"),
         ('{"train_batch_size": 8}', "'train_batch_size' belongs to the recipe (train.batch)"),
         ('{"optimizer": {"type": "Adam"}}', "'optimizer' belongs to the recipe"),
     ],
@@ -180,10 +199,11 @@ def stopped(recipe: Path, corpus: Path, run: Path) -> Path:
     """A run of two ranks that has a checkpoint, as far as anything reads before DeepSpeed does."""
     from jointfuse.data.mixture import corpus_digest
     from jointfuse.train.checkpoint import Position
-    from jointfuse.train.engine import layout, read_ds_config
+    from jointfuse.train.deepspeed_file import read_deepspeed_file
+    from jointfuse.train.engine import layout
 
     config = load_config(str(recipe))
-    written = asdict(layout(read_ds_config(config.train), world_size=2))
+    written = asdict(layout(read_deepspeed_file(config.train), world_size=2))
     checkpoint = run / "checkpoints" / "step-00000005"
     checkpoint.mkdir(parents=True)
     position = Position(step=5, batch=5, corpus=corpus_digest(Corpus.open(corpus)), **written)
@@ -228,7 +248,7 @@ def test_a_run_that_exists_is_not_written_over(refused: Refused, recipe: Path, s
         ),
         ("paper-large", ["model.vision.weights=resnet18"], "'resnet18' is a ResNet that cannot serve"),
         ("paper-large", ["--counts", "12,none"], "--counts 12,none: write the utterances of each class"),
-        ("paper-large", ["train.deepspeed=nowhere.json"], "train.deepspeed: nowhere.json cannot be read"),
+        ("paper-large", ["train.deepspeed=nowhere.json"], "nowhere.json: cannot be read"),
         ("paper-large", ["data.corpus=nowhere"], "nowhere: no such folder"),
     ],
 )
@@ -239,11 +259,20 @@ def test_what_cannot_be_planned_is_said(refused: Refused, recipe: str, arguments
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--ranks", 2, "train.lr=2e-3"], "was written with train.lr = 0.001, this run has 0.002"),
+        (
+            ["--ranks", 2, "train.lr=2e-3"],
+            "was written with other settings: train.lr = 0.001 there, 0.002 here; resume",
+        ),
         (
             ["--ranks", 2, "model.blocks=1", "train.seed=3"],
-            "was written with model.blocks = 2, this run has 1 and 1 more",
+            "other settings: model.blocks = 2 there, 1 here; train.seed = 0 there, 3 here; resume with the settings",
         ),
+        (["--ranks", 2, "train.steps=19"], "train.steps = 20 there, 19 here, which may only grow; resume with"),
+        (
+            ["--ranks", 2, "train.epochs=9"],
+            "train.epochs = None there, 9 here; train.steps = 20 there, None here, which",
+        ),
+        (["--ranks", 2, "train.choose_by=accuracy"], "train.choose_by = 'weighted_f1' there, 'accuracy' here; resume"),
         (["--ranks", 4], "train.batch = 6 cannot be divided over 4 ranks"),
         (
             ["--ranks", 3, "train.deepspeed=zero3_bf16"],
@@ -252,7 +281,7 @@ def test_what_cannot_be_planned_is_said(refused: Refused, recipe: str, arguments
         ),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_by_the_first_key_that_cannot_be_converted(
+def test_a_checkpoint_of_another_run_is_refused_by_all_that_differs(
     refused: Refused, recipe: Path, stopped: Path, arguments: list[object], says: str
 ) -> None:
     before = hashes(stopped)

@@ -18,11 +18,12 @@ from distributed import run_ranks
 from shard_reading import ask, whole
 from training_fixtures import Trained, corpus, recipe, train
 
+from jointfuse import patience
 from jointfuse.data import cache as caching
 from jointfuse.data.cache import ShardCache, cache_of
 from jointfuse.data.parallel import processes
 from jointfuse.data.shards import Corpus
-from jointfuse.errors import UserError
+from jointfuse.errors import PassingFault, UserError
 
 __all__ = ["corpus", "recipe"]
 
@@ -32,7 +33,7 @@ GIB = 2**30
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(patience, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(caching, "STALLED", 0.3)
 
 
@@ -127,26 +128,28 @@ def test_a_command_that_fails_twice_is_asked_a_third_time(elsewhere: tuple[Path,
 
 
 @pytest.mark.parametrize(
-    ("remote", "reason"),
+    ("remote", "reason", "passes"),
     [
-        ("pipe:exit 3 # {shard}", "exit 3"),
-        ("pipe:head -c 1000 {far}/{split}/{shard}", "it ended after 1000 of"),
-        ("pipe:cat {far}/{split}/{shard} /bin/sh", "it has more than the"),
-        ("pipe:tr a b < {far}/{split}/{shard}", "its SHA-256 is not the one in corpus.json"),
-        ("pipe:head -c 1000 {far}/{split}/{shard}; sleep 60", "nothing came for 0.3 s"),
-        ("{far}/nowhere/{shard}", "No such file or directory"),
+        ("pipe:exit 3 # {shard}", "exit 3", True),
+        ("pipe:head -c 1000 {far}/{split}/{shard}", "it ended after 1000 of", True),
+        ("pipe:head -c 1000 {far}/{split}/{shard}; sleep 60", "nothing came for 0.3 s", True),
+        ("pipe:cat {far}/{split}/{shard} /bin/sh", "it has more than the", False),
+        ("pipe:tr a b < {far}/{split}/{shard}", "its SHA-256 is not the one in corpus.json", False),
+        ("{far}/nowhere/{shard}", "No such file or directory", False),
     ],
 )
-def test_what_cannot_be_fetched_is_named_with_its_reason(
-    remote: str, reason: str, elsewhere: tuple[Path, Path], tmp_path: Path
+def test_what_cannot_be_fetched_is_named_with_its_reason_and_passes_unless_another_file_came(
+    remote: str, reason: str, passes: bool, elsewhere: tuple[Path, Path], tmp_path: Path
 ) -> None:
     near, far = elsewhere
-    cache = ShardCache(remote.replace("{far}", str(far)), tmp_path / "cache", GIB)
+    cache = ShardCache(remote.replace("{far}", str(far)), tmp_path / "cache", GIB, patience=0.1)
     shard = shards_of(near)[0]
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(PassingFault if passes else UserError) as caught:
         cache.open("train", shard)
     assert reason in str(caught.value)
-    assert f"shard train/{shard['name']} was not to be had in 5 attempts" in str(caught.value)
+    assert f"shard train/{shard['name']}{': not to be had for' if passes else ' was not to be had'}" in str(
+        caught.value
+    )
     assert kept(tmp_path / "cache") == set(), "nothing half is left"
 
 
@@ -234,8 +237,8 @@ def test_a_shards_name_is_no_command(elsewhere: tuple[Path, Path], tmp_path: Pat
     info = json.loads((near / "corpus.json").read_text())
     shard = info["splits"]["train"]["shards"][0]
     shard["name"] = f"x.tar; touch $HOME {tmp_path.name}-pwned; '.tar"
-    cache = ShardCache(f"pipe:cd {tmp_path}; cat {far}/{{split}}/{{shard}}", tmp_path / "cache", GIB)
-    with pytest.raises(UserError, match="was not to be had"):
+    cache = ShardCache(f"pipe:cd {tmp_path}; cat {far}/{{split}}/{{shard}}", tmp_path / "cache", GIB, patience=0)
+    with pytest.raises(PassingFault, match="not to be had"):
         cache.open("train", shard)
     assert not list(tmp_path.rglob("*pwned*"))
 

@@ -10,7 +10,7 @@ from training_fixtures import LABELS, corpus, recipe, scores
 from typer.testing import CliRunner
 
 from jointfuse.cli import app
-from jointfuse.config import load_config, overridden
+from jointfuse.config import load_config, with_overrides
 from jointfuse.data.mixture import corpus_digest, open_data
 from jointfuse.errors import UserError
 from jointfuse.evaluate.run import Evaluation
@@ -113,7 +113,7 @@ def test_a_run_of_another_corpus_is_refused_wherever_that_corpus_lies(desk: Desk
     remote = "pipe: cat {shard} # from there"
     desk.compare(f"data.corpus={moved}", f"data.remote={json.dumps(remote)}", f"data.cache={tmp_path / 'cache'}")
     _, (_, overrides) = desk.scored[0]
-    assert overridden(load_config(str(desk.recipe)), overrides).data.remote == remote
+    assert with_overrides(load_config(str(desk.recipe)), overrides).data.remote == remote
     info = json.loads((moved / "corpus.json").read_text(encoding="utf-8"))
     (moved / "corpus.json").write_text(json.dumps(info | {"description": "another"}), encoding="utf-8")
     message = desk.compare(f"data.corpus={moved}")

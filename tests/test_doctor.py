@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from pace import stretched
 
 from jointfuse import doctor
@@ -18,7 +19,7 @@ PROGRAM = str(Path(sys.executable).parent / "jointfuse")
 
 
 def node(**changes: object) -> doctor.Node:
-    one = doctor.Node("here", "3.11", {"torch": "2.11"}, [], 2, 2**40, True)
+    one = doctor.Node("here", "3.11", {"torch": "2.11"}, [], 2, True, 2**40, True)
     return replace(one, **changes)  # type: ignore[arg-type]
 
 
@@ -80,3 +81,17 @@ def test_a_node_that_nobody_answers_says_so_in_one_line(monkeypatch: pytest.Monk
         doctor.examine(tmp_path / "run", 1, Nodes(2, 1, f"127.0.0.1:{free_port()}"), doctor.Console())
     assert "the 2 nodes did not meet at 127.0.0.1:" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.required
+def test_a_cpu_without_bf16_is_named_with_the_float32_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for native in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx2": True, "avx512_bf16": native})
+        doctor.examine(tmp_path / "run", 1, Nodes(), doctor.Console())
+        line = f"{socket.gethostname()}: no GPU, and a CPU without instructions for bf16"
+        shown = capsys.readouterr().out
+        assert (line in shown) == (not native)
+        assert ("choose zero2 rather than zero2_bf16" in shown) == (not native)

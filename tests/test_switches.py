@@ -231,8 +231,9 @@ def test_lengths_and_batch_sizes_that_were_not_there_before_compile_nothing() ->
     ],
 )
 def test_what_compilation_does_not_go_with_is_said(recipe: Path, settings: tuple[str, ...], expected: str) -> None:
-    from jointfuse.train.engine import check_compile, read_ds_config, zero_stage
+    from jointfuse.train.deepspeed_file import read_deepspeed_file
+    from jointfuse.train.engine import check_compile
 
     chosen = load_config(str(recipe), [*settings, "train.compile=true"]).train
     with pytest.raises(UserError, match=expected):
-        check_compile(chosen, zero_stage(read_ds_config(chosen)))
+        check_compile(chosen, read_deepspeed_file(chosen).stage)

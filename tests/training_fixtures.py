@@ -121,9 +121,9 @@ def damage_a_clip(corpus: Path, id: int) -> str:
 
 def stage_file(stage: int, folder: Path) -> Path:
     """The shipped file of a ZeRO stage; stage 3 shards small parameters too, where its default would hide faults."""
-    from jointfuse.train.engine import ds_config_path
+    from jointfuse.train.deepspeed_file import deepspeed_file_path
 
-    settings = json.loads(ds_config_path(f"zero{stage}").read_text(encoding="utf-8"))
+    settings = json.loads(deepspeed_file_path(f"zero{stage}").read_text(encoding="utf-8"))
     if stage == 3:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     path = folder / f"stage{stage}.json"
@@ -150,10 +150,10 @@ class Trained:
 
     @property
     def losses(self) -> np.ndarray:
-        """(steps, 3): loss, loss_erc, loss_icl"""
+        """(steps, 3): loss, loss_erc, loss_icl; NaN for a step that the optimizer did not take"""
         rows = [row for row in self.rows if row["kind"] == "train"]
         assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "one row a step, none twice"
-        return np.array([[row["loss"], row["loss_erc"], row["loss_icl"]] for row in rows])
+        return np.array([[row["loss"], row["loss_erc"], row["loss_icl"]] for row in rows], dtype=float)
 
     @property
     def norms(self) -> np.ndarray:

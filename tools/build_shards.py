@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from jointfuse.errors import UserError
+from jointfuse.errors import ReadableError, UserError, line_and_status
 
 FAULTS_SHOWN = 20
 
@@ -235,9 +235,10 @@ def _tell(info: dict, out: Path) -> None:
 def main() -> None:
     try:
         app()
-    except (UserError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    except (ReadableError, OSError) as error:
+        line, status = line_and_status(error)
+        print("error:", " ".join(line.split()), file=sys.stderr)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from jointfuse.errors import UserError
+from jointfuse.errors import ReadableError, line_and_status
 
 
 def command(
@@ -44,9 +44,10 @@ def main() -> None:
     app.command()(command)
     try:
         app()
-    except (UserError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    except (ReadableError, OSError) as error:
+        line, status = line_and_status(error)
+        print("error:", " ".join(line.split()), file=sys.stderr)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

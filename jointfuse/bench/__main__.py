@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from jointfuse.errors import UserError
+from jointfuse.errors import ReadableError, line_and_status
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Measure jointfuse beside its peers on this machine."
@@ -134,9 +134,10 @@ def _console() -> Console:
 def main() -> None:
     try:
         app()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (ReadableError, OSError) as error:
+        line, status = line_and_status(error)
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

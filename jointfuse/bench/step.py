@@ -62,13 +62,13 @@ def benchmark_step(
         UserError: settings that cannot be compared, or losses that are not the same.
     """
     from jointfuse.data.mixture import open_for_training
-    from jointfuse.train.engine import read_ds_config, zero_stage
+    from jointfuse.train.deepspeed_file import read_deepspeed_file
 
     config = load_config(recipe, [*overrides, *STILL])
     utterances = len(open_for_training(config.data).split("train").index)
     if utterances < config.train.batch:
         raise UserError(f"train.batch = {config.train.batch}: the corpus has {utterances} utterances to train on")
-    if zero_stage(read_ds_config(config.train)) == 3:
+    if read_deepspeed_file(config.train).stage == 3:
         raise UserError("train.deepspeed: the plain model is made of whole parameters; choose stage 0, 1 or 2")
     for setting, value, wanted in (
         ("model.modality", config.model.modality, "both"),

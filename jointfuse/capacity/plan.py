@@ -17,11 +17,12 @@ from jointfuse.capacity.wire import Collective, Step, collectives, gathers_more
 from jointfuse.capacity.zero import ZeroFile, zero_file
 from jointfuse.config import Config, TrainSettings
 from jointfuse.data.mel import FRAMES_PER_SECOND
-from jointfuse.train.engine import Division, divide, ds_config_names, parameter_groups, read_ds_config
+from jointfuse.train.deepspeed_file import deepspeed_file_names, read_deepspeed_file, slow_precision
+from jointfuse.train.engine import Division, divide, parameter_groups
 from jointfuse.train.objective import Objective
 
 MODES: tuple[str, ...] = get_args(TrainSettings.model_fields["checkpointing"].annotation)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,10 @@ def plan_recipe(
         config = config.model_copy(update={"train": settings.model_copy(update={"batch": batch})})
     divide(config.train, ranks)
     corpus = corpus_of(config, counts)
-    precision = zero_file(read_ds_config(config.train)).precision
-    plan = make_plan(config, ranks, device, corpus, measured_rates(tera, giga, share, DTYPES[precision], ranks))
+    file = read_deepspeed_file(config.train)
+    if slow := slow_precision(file, device):
+        said.append(slow)
+    plan = make_plan(config, ranks, device, corpus, measured_rates(tera, giga, share, DTYPES[file.precision], ranks))
     return replace(plan, assumptions=[*said, *plan.assumptions])
 
 
@@ -143,10 +146,10 @@ def make_plan(
 
 def comparable_files(settings: TrainSettings) -> dict[str, ZeroFile]:
     """The recipe's DeepSpeed file and the shipped ones of its precision, in the order of their stages."""
-    own = zero_file(read_ds_config(settings))
+    own = zero_file(read_deepspeed_file(settings))
     found = {settings.deepspeed: own}
-    for name in ds_config_names():
-        other = zero_file(read_ds_config(settings.model_copy(update={"deepspeed": name})))
+    for name in deepspeed_file_names():
+        other = zero_file(read_deepspeed_file(settings.model_copy(update={"deepspeed": name})))
         if other.precision == own.precision:
             found.setdefault(name, other)
     return dict(sorted(found.items(), key=lambda item: (item[1].stage, item[1].host_optimizer)))

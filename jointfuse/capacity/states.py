@@ -67,7 +67,7 @@ def states(file: ZeroFile, sizes: Sizes, ranks: int, rank: int, accumulates: boo
 
 
 def _whole(file: ZeroFile, sizes: Sizes, accumulates: bool) -> States:
-    n, half = sizes.trained, file.precision != "fp32"
+    n, half = sizes.trained, file.precision != "float32"
     return States(
         trained=file.weight * n,
         frozen=file.weight * sum(sizes.frozen),

@@ -90,7 +90,7 @@ def _gradients(file: ZeroFile, sizes: Sizes, ranks: int, step: Step) -> list[Col
     looks = file.precision == "fp16" or (file.precision == "bf16" and file.stage in (1, 2))
     overflow = Collective("overflow", "all-reduce", int(looks))
     if file.stage == 0:
-        norm = 4 if file.precision == "fp32" and step.clips else 0
+        norm = 4 if file.precision == "float32" and step.clips else 0
         return [
             Collective("gradients", "all-reduce", n * file.wire),
             Collective("gradient norm", "all-reduce", norm),

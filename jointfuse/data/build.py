@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from jointfuse.data.parallel import cores, processes, progress
 from jointfuse.data.shards import Utterance, write_tar
 from jointfuse.errors import UserError
 from jointfuse.files import replacing, write_json
+from jointfuse.lock import locked
 
 NO_MEL = {"count": 0, "sum": 0.0, "squares": 0.0}
 BUILDER = 3  # raised whenever the same rows would give other bytes
@@ -168,7 +169,9 @@ def build(
     try:
         for split in spec.splits:
             (out / split).mkdir(parents=True, exist_ok=True)
-        with locked(out):
+        with locked(out, wait=False) as alone:
+            if not alone:
+                raise UserError(f"{out}: another build is writing here; wait for it or choose another --out")
             for split, expected in jobs.items():
                 _remove_leftovers(out / split, expected)
             every = [job for expected in jobs.values() for job in expected]
@@ -275,24 +278,6 @@ def _remove_leftovers(folder: Path, expected: list[_Job]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep two builds out of one folder; the second gets a UserError. It leaves no file and ends with us."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"{folder}: another build is writing here; wait for it or choose another --out") from error
-    finally:
-        os.close(descriptor)
 
 
 def _finished(job: _Job) -> bool:

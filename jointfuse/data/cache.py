@@ -5,7 +5,6 @@ to it later is seen without reading it again; when it was used last, in its acce
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -13,15 +12,15 @@ import select
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from jointfuse.errors import UserError
+from jointfuse.lock import locked
+from jointfuse.patience import PATIENCE, Away, patiently
 
-ATTEMPTS = 5
-FIRST_WAIT = 0.5  # seconds between the first two attempts, doubled with each
 STALLED = 60.0  # seconds without a byte
 CHUNK = 2**20
 
@@ -37,15 +36,16 @@ class ShardCache:
             names of those go.
         folder: made where it is missing.
         most_bytes: of all shards in the folder; the ones used longest ago make room.
+        patience: seconds for what is away to come back.
 
     Raises:
         UserError: `remote` does not say where {shard} goes, or no such folder can be made.
     """
 
-    def __init__(self, remote: str, folder: Path, most_bytes: int) -> None:
+    def __init__(self, remote: str, folder: Path, most_bytes: int, patience: float = PATIENCE) -> None:
         if "{shard}" not in remote:
             raise UserError(f"data.remote = {remote!r}: write {{shard}} where the name of a shard goes")
-        self.remote, self.folder, self.most_bytes = remote, folder, most_bytes
+        self.remote, self.folder, self.most_bytes, self.patience = remote, folder, most_bytes, patience
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -58,10 +58,11 @@ class ShardCache:
             shard: its name, bytes and sha256, as corpus.json has them.
 
         Raises:
-            UserError: it cannot be fetched, or there is no room for it.
+            UserError: there is no such shard or no room for it.
+            PassingFault: it could not be fetched.
         """
         path = self._path(shard)
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             if not _is_whole(path, shard):
                 self._fetch(split, shard, path)
             os.utime(path, ns=(time.time_ns(), _mark(shard)))
@@ -70,7 +71,7 @@ class ShardCache:
     def drop(self, shard: dict[str, Any]) -> None:
         """Have a shard fetched again when it is next asked for."""
         path = self._path(shard)
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             path.unlink(missing_ok=True)
 
     def _path(self, shard: dict[str, Any]) -> Path:
@@ -90,44 +91,57 @@ class ShardCache:
             raise UserError(
                 f"data.cache_gib = {self.most_bytes / 2**30:g}: one shard alone has {size / 2**30:.3g} GiB; allow more"
             )
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
+        wrong = 0
+
+        def fetch() -> None:
+            nonlocal wrong
             try:
                 self._reserve(size, part)
-                if _download(url, part, size) != shard["sha256"]:
-                    raise OSError("its SHA-256 is not the one in corpus.json")
+                _download(url, part, size, shard["sha256"])
                 part.replace(path)
-                return
+            except _AnotherFile:
+                wrong += 1
+                if wrong > 1:
+                    raise
+                raise Away("it came damaged") from None
             except OSError as error:
-                reason = error.strerror or str(error)
-                if error.errno == errno.ENOSPC:
-                    self._give_up(size)
+                if error.errno == errno.ENOSPC and self._give_up(size):
+                    raise Away("no room for it") from error
+                raise
             finally:
                 part.unlink(missing_ok=True)
-        raise UserError(
-            f"{url}: shard {split}/{shard['name']} was not to be had in {ATTEMPTS} attempts ({reason}); "
-            f"see that data.remote can be read from here and that data.cache = {self.folder} has room"
-        )
+
+        try:
+            patiently(fetch, f"{url}: shard {split}/{shard['name']}", self.patience)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(
+                f"{url}: shard {split}/{shard['name']} was not to be had ({reason}); see that data.remote can be read "
+                f"from here, that it is of this corpus, and that data.cache = {self.folder} has room"
+            ) from error
 
     def _reserve(self, size: int, part: Path) -> None:
         """A part that counts with all its bytes from the start, and room for it."""
-        with _locked(self.folder / "room.lock"):
+        with locked(self.folder / "room.lock"):
             held = sum(status.st_size for status in self._held().values())
             self._give_up(held + size - self.most_bytes)
             with part.open("wb") as file:
                 file.truncate(size)
 
-    def _give_up(self, size: int) -> None:
-        """So many bytes, or all there are, of what was used longest ago and is not being opened or fetched now."""
+    def _give_up(self, size: int) -> bool:
+        """So many bytes, or all there are, of what was used longest ago and is not being opened or fetched now; whether
+        that was anything."""
+        any_given = False
         held = self._held()
         for path in sorted(held, key=lambda path: held[path].st_atime_ns):
             if size <= 0:
-                return
-            with _locked(path.with_suffix(".lock"), wait=False) as free:
+                break
+            with locked(path.with_suffix(".lock"), wait=False) as free:
                 if free:
                     path.unlink(missing_ok=True)
                     size -= held[path].st_size
+                    any_given = True
+        return any_given
 
     def _held(self) -> dict[Path, os.stat_result]:
         """Shards, and parts, some of them left by the dead."""
@@ -138,12 +152,13 @@ class ShardCache:
         return held
 
 
-def cache_of(remote: str, folder: str, gib: float) -> ShardCache | None:
-    """The cache that data.remote, data.cache and data.cache_gib ask for. Raises UserError where half of it is named."""
+def cache_of(remote: str, folder: str, gib: float, patience: float = PATIENCE) -> ShardCache | None:
+    """The cache that data.remote, data.cache, data.cache_gib and data.patience ask for. Raises UserError where half of
+    it is named."""
     if bool(remote) != bool(folder):
         given, missing = ("remote", "cache") if remote else ("cache", "remote")
         raise UserError(f"data.{given} is set and data.{missing} is not: tars that lie elsewhere need both")
-    return ShardCache(remote, Path(folder), int(gib * 2**30)) if remote else None
+    return ShardCache(remote, Path(folder), int(gib * 2**30), patience) if remote else None
 
 
 def _mark(shard: dict[str, Any]) -> int:
@@ -164,8 +179,12 @@ def _is_whole(path: Path, shard: dict[str, Any]) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == shard["sha256"]
 
 
-def _download(url: str, part: Path, size: int) -> str:
-    """The SHA-256 of what came. Raises OSError."""
+class _AnotherFile(OSError):
+    """What came is not what corpus.json describes."""
+
+
+def _download(url: str, part: Path, size: int, sha256: str) -> None:
+    """Raises OSError: Away where what sends it failed, _AnotherFile."""
     from webdataset.gopen import gopen
 
     digest, received = hashlib.sha256(), 0
@@ -176,39 +195,35 @@ def _download(url: str, part: Path, size: int) -> str:
             for chunk in _chunks(source.stream if process else source):
                 received += len(chunk)
                 if received > size:
-                    raise OSError(f"it has more than the {size} bytes that corpus.json says")
+                    raise _AnotherFile(f"it has more than the {size} bytes that corpus.json says")
                 digest.update(chunk)
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
-        source.close()  # raises where the command failed
+        _close(source)
         if received < size:
-            raise OSError(f"it ended after {received} of {size} bytes")
+            raise Away(f"it ended after {received} of {size} bytes")
+        if digest.hexdigest() != sha256:
+            raise _AnotherFile("its SHA-256 is not the one in corpus.json")
     finally:
         if process and process.poll() is None:
             process.kill()
         with suppress(OSError):
             source.close()
-    return digest.hexdigest()
+
+
+def _close(source: Any) -> None:
+    try:
+        source.close()
+    except OSError as error:  # the command that sends it failed
+        raise Away(str(error)) from error
 
 
 def _chunks(stream: Any) -> Iterator[bytes]:
     while True:
         if not select.select([stream], [], [], STALLED)[0]:
-            raise OSError(f"nothing came for {STALLED:g} s")
+            raise Away(f"nothing came for {STALLED:g} s")
         chunk = os.read(stream.fileno(), CHUNK)
         if not chunk:
             return
         yield chunk
-
-
-@contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Whether this process alone of this machine holds the lock; the system lets go of a dead one's."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True

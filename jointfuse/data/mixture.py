@@ -240,7 +240,8 @@ def open_data(settings: DataSettings, labels: Sequence[str] | None = None) -> An
     corpora = []
     for one in named:
         folder = "" if settings.mix and not one.remote else settings.cache
-        corpora.append(Corpus.open(one.corpus, cache=cache_of(one.remote, folder, settings.cache_gib)))
+        cache = cache_of(one.remote, folder, settings.cache_gib, settings.patience)
+        corpora.append(Corpus.open(one.corpus, cache=cache, patience=settings.patience))
     if labels is None:
         known = dict.fromkeys(label for corpus in corpora for label in corpus.labels)
         unknown = [label for label in settings.labels if label not in known]

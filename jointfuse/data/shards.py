@@ -11,13 +11,11 @@ A dialogue is contiguous, in turn order, and lies in one shard. Nothing read fro
 inside a tar is used as a path.
 """
 
-import errno
 import hashlib
 import io
 import json
 import os
 import tarfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,12 +31,11 @@ from jointfuse.data.index import FORMAT, INDEX_DTYPE, UNLABELLED
 from jointfuse.data.mel import SAMPLE_RATE, MelSums
 from jointfuse.data.sound import reason
 from jointfuse.data.texts import last_text, most_bytes_of
-from jointfuse.errors import UserError
+from jointfuse.errors import PassingFault, UserError
 from jointfuse.files import replacing
+from jointfuse.patience import PATIENCE, patiently
 
 OPEN_TARS = 64  # kept open by one Split in one process
-READ_ATTEMPTS, FIRST_WAIT = 4, 0.2  # seconds, doubled with each attempt
-FINAL = (errno.ENOENT, errno.EACCES, errno.EMFILE, errno.EISDIR)  # does not pass by waiting
 SIDECARS_KEPT = 8
 
 
@@ -156,10 +153,10 @@ class _Handle:
         os.close(self.descriptor)
 
 
-def read_sidecar(path: Path) -> dict[str, Any]:
-    """A shard's sidecar. Raises UserError."""
+def read_sidecar(path: Path, patience: float = PATIENCE) -> dict[str, Any]:
+    """A shard's sidecar. Raises UserError, PassingFault."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(patiently(path.read_bytes, str(path), patience))
         content["samples"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: the shard's sidecar cannot be read ({error}); build the corpus again") from error
@@ -248,8 +245,15 @@ def parse_utterance(data: bytes, audio: bool = True) -> Utterance:
 class Split:
     """One split of a corpus, sample by sample. May be pickled and forked: files are opened where they are read."""
 
-    def __init__(self, corpus: Path, name: str, info: dict[str, Any], cache: ShardCache | None = None) -> None:
-        self.corpus, self.name, self.info, self.cache = corpus, name, info, cache
+    def __init__(
+        self,
+        corpus: Path,
+        name: str,
+        info: dict[str, Any],
+        cache: ShardCache | None = None,
+        patience: float = PATIENCE,
+    ) -> None:
+        self.corpus, self.name, self.info, self.cache, self.patience = corpus, name, info, cache, patience
         self.folder = corpus / name
         self.shards = [self.folder / shard["name"] for shard in info["shards"]]
         self.shard_sizes: list[int] = [shard["samples"] for shard in info["shards"]]
@@ -272,7 +276,8 @@ class Split:
             path = self.folder / "index.bin"
             try:
                 # As a plain array: a memmap takes four times as long to name an entry.
-                index = np.memmap(path, dtype=INDEX_DTYPE, mode="r").view(np.ndarray)
+                mapped = patiently(lambda: np.memmap(path, dtype=INDEX_DTYPE, mode="r"), str(path), self.patience)
+                index = mapped.view(np.ndarray)
             except (OSError, ValueError) as error:
                 raise UserError(f"{path}: the index cannot be read ({error}); build the corpus again") from error
             if len(index) != len(self):
@@ -335,27 +340,33 @@ class Split:
         if keys is None:
             if len(self._keys) >= SIDECARS_KEPT:
                 self._keys.clear()
-            sidecar = read_sidecar(self.shards[shard].with_suffix(".json"))
+            sidecar = read_sidecar(self.shards[shard].with_suffix(".json"), self.patience)
             keys = self._keys[shard] = [sample["key"] for sample in sidecar["samples"]]
         return keys[i % len(self) - self._first[shard]]
 
     def read(self, i: int, last: int | None = None) -> bytes:
-        """Sample `i`'s bytes, tar headers included, or the `last` so many of them. Raises UserError with shard, key and
-        offset."""
+        """Sample `i`'s bytes, tar headers included, or the `last` so many of them.
+
+        Raises:
+            UserError: with shard, key and offset.
+            PassingFault: the tar was away for too long.
+        """
         shard, offset, size, *_ = self.index[i].item()
         if last is not None and last < size:
             offset, size = offset + size - last, last
-        for attempt in range(READ_ATTEMPTS):
+
+        def read() -> bytes:
             try:
-                handle = self._opened(shard)
-                data = os.pread(handle.descriptor, size, offset)
-                break
-            except OSError as error:
-                # A shared file system that was away for a moment.
-                self._handles.pop(shard, None)
-                if attempt == READ_ATTEMPTS - 1 or error.errno in FINAL:
-                    raise self._damaged(i, str(error)) from error
-                time.sleep(FIRST_WAIT * 2**attempt)
+                handle = self._opened(shard)  # closed once nothing holds it
+                return os.pread(handle.descriptor, size, offset)
+            except OSError:
+                self._handles.pop(shard, None)  # open on a file system that has gone, perhaps
+                raise
+
+        try:
+            data = patiently(read, str(self.shards[shard]), self.patience)
+        except OSError as error:
+            raise self._damaged(i, error.strerror or str(error)) from error
         if len(data) < size:
             raise self._damaged(i, f"the file ends {size - len(data)} bytes early")
         return data
@@ -383,7 +394,7 @@ class Split:
 
     def _damaged(self, i: int, why: str) -> UserError:
         place = f"{self.folder}: sample {i}"
-        with suppress(UserError, LookupError):
+        with suppress(UserError, PassingFault, LookupError):
             entry = self.index[i]
             place = f"{self.shards[int(entry['shard'])]}: sample {i} at byte {int(entry['offset'])}"
             place = f"{self.shards[int(entry['shard'])]}: sample {self.key(i)} at byte {int(entry['offset'])}"
@@ -410,8 +421,10 @@ def mel_of_training(corpus: Described) -> tuple[float, float]:
 class Corpus:
     """A finished corpus folder."""
 
-    def __init__(self, path: Path, info: dict[str, Any], cache: ShardCache | None = None) -> None:
-        self.path, self.info, self.cache = path, info, cache
+    def __init__(
+        self, path: Path, info: dict[str, Any], cache: ShardCache | None = None, patience: float = PATIENCE
+    ) -> None:
+        self.path, self.info, self.cache, self.patience = path, info, cache, patience
         self.name: str = info["name"]
         self.labels: list[str] = info["labels"]
         self.speakers: list[str] = info["speakers"]
@@ -429,31 +442,38 @@ class Corpus:
         return mel_of_training(self)[1]
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], check_sizes: bool = True, cache: ShardCache | None = None) -> "Corpus":
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        check_sizes: bool = True,
+        cache: ShardCache | None = None,
+        patience: float = PATIENCE,
+    ) -> "Corpus":
         """Open the corpus in folder `path`.
 
         Args:
             check_sizes: look at every shard's size, without reading it.
             cache: where the shards come from when they are not in that folder; no sizes are looked at then.
+            patience: seconds for a disk that is away to come back.
 
         Raises:
             UserError: there is no finished corpus of this format there, or a shard is missing or of another size.
         """
         path = Path(path)
         file = path / "corpus.json"
-        if not path.is_dir():
+        if not patiently(path.is_dir, str(path), patience):
             raise UserError(f"{path}: no such folder; a corpus is made by `tools/build_shards.py`")
-        if not file.is_file():
+        if not patiently(file.is_file, str(file), patience):
             raise UserError(
                 f"{path}: no corpus.json, so this is no corpus or its building never ended; "
                 "run the `tools/build_shards.py` command that makes it (again)"
             )
         try:
-            info = json.loads(file.read_text(encoding="utf-8"))
+            info = json.loads(patiently(file.read_bytes, str(file), patience))
             found = info.get("format")
             if found != FORMAT:
                 raise UserError(f"{file}: format {found}, this version reads format {FORMAT}; build the corpus again")
-            corpus = cls(path, info, cache)
+            corpus = cls(path, info, cache, patience)
             for split, content in info["splits"].items():
                 if any(Path(name).name != name for name in (split, *(shard["name"] for shard in content["shards"]))):
                     raise UserError(f"{file}: names a shard outside its folder; do not trust this corpus")
@@ -469,14 +489,14 @@ class Corpus:
         """The split called `name`. Raises UserError with the names there are."""
         if name not in self.info["splits"]:
             raise UserError(f"{self.path}: no split {name!r}; there are {', '.join(self.splits)}")
-        return Split(self.path, name, self.info["splits"][name], self.cache)
+        return Split(self.path, name, self.info["splits"][name], self.cache, self.patience)
 
     def _check_sizes(self) -> None:
         for split, info in self.info["splits"].items():
             for shard in info["shards"]:
                 path = self.path / split / shard["name"]
                 try:
-                    size = path.stat().st_size
+                    size = patiently(path.stat, str(path), self.patience).st_size
                 except OSError as error:
                     raise UserError(f"{path}: {error.strerror}; copy the corpus again or build it again") from error
                 if size != shard["bytes"]:

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from jointfuse.data.parallel import end_with_parent
 from jointfuse.data.plan import Planned
-from jointfuse.errors import UserError
+from jointfuse.errors import ReadableError, UserError
 
 
 class Pinnable(Protocol):
@@ -33,7 +33,7 @@ class _PlannedBatches(Dataset[Any]):
         # An exception raised in a worker arrives wrapped in its stack trace; a value arrives as it is.
         try:
             return self.reader.batch(planned)
-        except UserError as error:
+        except (ReadableError, OSError) as error:
             return error
 
 
@@ -48,6 +48,7 @@ def stream(reader: Reader[Read], planned: Iterable[Planned], workers: int, pin: 
 
     Raises:
         UserError: an utterance could not be read, or a decoding process was killed.
+        PassingFault: a disk or a server was away.
     """
     if not workers:
         for one in planned:
@@ -76,6 +77,6 @@ def stream(reader: Reader[Read], planned: Iterable[Planned], workers: int, pin: 
                 f"a decoding process ended ({str(error).splitlines()[0]}), probably for want of memory; "
                 "choose fewer data.workers or a smaller train.batch and go on with --resume"
             ) from error
-        if isinstance(batch, UserError):
+        if isinstance(batch, ReadableError | OSError):
             raise batch
         yield batch

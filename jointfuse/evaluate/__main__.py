@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from jointfuse.ranks import rank_main
+from jointfuse.config import TrainSettings, load_config
+from jointfuse.ranks import join, rank_main
 
 
 def main() -> None:
@@ -16,6 +17,9 @@ def main() -> None:
     chosen = parser.parse_intermixed_args()
 
     def work() -> bool:
+        settings = chosen.run / "config.yaml"  # may be gone; what is needed lies in RUN/best
+        train = load_config(str(settings)).train if settings.exists() else TrainSettings(epochs=1)
+        join(train.longest_step)
         from jointfuse.evaluate.run import evaluate_run, print_evaluation
         from jointfuse.losses.gather import group_rank
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jointfuse.config import Config, DataSettings, overridden
+from jointfuse.config import Config, DataSettings, with_overrides
 from jointfuse.data.mixture import AnyCorpus, Mixture, corpus_digest, open_data
 from jointfuse.data.shards import Corpus
 from jointfuse.errors import UserError
@@ -83,7 +83,7 @@ def open_scored(
     data = config.data
     if corpus_path:
         data = data.model_copy(update={"corpus": corpus_path, "mix": [], "remote": "", "cache": ""})
-    data = overridden(config.model_copy(update={"data": data}), overrides).data
+    data = with_overrides(config.model_copy(update={"data": data}), overrides).data
     corpus = open_data(data, labels)
     read_alike = (data.labels, data.missing_modality) == (config.data.labels, config.data.missing_modality)
     same = corpus_digest(corpus) == trained_on if trained_on else data.corpus == config.data.corpus

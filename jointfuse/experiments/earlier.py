@@ -9,7 +9,7 @@ from jointfuse.config import Config, changed_keys, validate
 from jointfuse.errors import UserError
 from jointfuse.files import read_json, read_yaml
 from jointfuse.train.checkpoint import FREE, latest_checkpoint
-from jointfuse.train.engine import layout, read_ds_config
+from jointfuse.train.deepspeed_file import read_deepspeed_file
 
 # Settings that a run may change while it goes on, and that decide which model comes out of it.
 DECIDING = {"train.steps", "train.epochs", "train.evaluate_every", "train.patience"}
@@ -64,7 +64,7 @@ def where(run: Path, wanted: Config) -> tuple[str | None, list[str]]:
 def _precision(config: Config) -> str:
     """Of the arithmetic, as the file says that train.deepspeed names; the name where there is no such file any more."""
     try:
-        return layout(read_ds_config(config.train), 1).precision
+        return read_deepspeed_file(config.train).precision
     except UserError:
         return config.train.deepspeed
 

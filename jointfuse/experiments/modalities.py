@@ -8,13 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from jointfuse.config import Config, load_config
-from jointfuse.errors import UserError
+from jointfuse.errors import EndedError, PassingFault, UserError
 from jointfuse.evaluate.metrics import HEADLINES, summary_table
 from jointfuse.evaluate.report import write_comparison
 from jointfuse.evaluate.run import evaluate_run
 from jointfuse.files import write_json
 from jointfuse.interruption import STOPPED
 from jointfuse.launch import check_train, launch_training
+from jointfuse.lock import Lock
 
 MODALITIES = {"text": "text", "audio": "audio", "both": "text + audio"}
 
@@ -34,13 +35,19 @@ def compare_modalities(
         results.json: for each modality its test scores by seed, and their mean and deviation.
 
     Raises:
-        UserError: bad settings, runs of other settings or of another corpus, or a training that failed.
+        UserError: bad settings, or runs of other settings or of another corpus.
+        PassingFault: another comparison works here.
+        EndedError: a training failed or was stopped.
     """
     from jointfuse.data.mixture import corpus_digest, open_for_training
     from jointfuse.experiments.earlier import difference, free_name, where
 
     corpus = open_for_training(load_config(recipe, overrides).data)
     corpus.split("test")  # missing, it would be noticed only after a training
+    out.mkdir(parents=True, exist_ok=True)
+    lock = Lock(out)  # until this function ends
+    if not lock.take():
+        raise PassingFault(f"{out}: another comparison works here; wait for it or choose another --out")
     runs = []
     for seed in range(seeds):
         for modality in MODALITIES:
@@ -93,10 +100,9 @@ def _trained_now(recipe: str, run: _Run, ranks: int, console: Console) -> bool:
         run.folder.rename(aside)
         console.print(f"{run.folder} was trained {run.other}: it is {aside} now", soft_wrap=True, highlight=False)
     status = launch_training(recipe, run.settings, run.folder, resume, ranks, brief=True)
-    if status == STOPPED:
-        raise UserError(f"{run.folder}: stopped when asked to; the same command goes on from there")
     if status:
-        raise UserError(f"{run.folder}: training failed, see the lines above; the same command goes on from there")
+        ending = "stopped when asked to" if status == STOPPED else "training failed, see the lines above"
+        raise EndedError(f"{run.folder}: {ending}; the same command goes on from there", status)
     return True
 
 

@@ -4,11 +4,13 @@ deepspeed --num_gpus 2 --module jointfuse.train --recipe demo --run runs/demo da
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from jointfuse.config import load_config
 from jointfuse.interruption import listen
-from jointfuse.ranks import rank_main
+from jointfuse.ranks import join, rank_main
+from jointfuse.train.hold import Hold
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,10 +26,14 @@ def main(arguments: list[str] | None = None) -> None:
     asked = listen()
 
     def work() -> bool:
+        config = load_config(chosen.recipe, chosen.overrides)
+        join(config.train.longest_step)
+        hold = Hold(chosen.run)  # until this process ends
+        if chosen.resume and os.environ["RANK"] == "0":
+            hold.take()  # before its checkpoints are looked at
         from jointfuse.train.loop import Trainer
 
-        config = load_config(chosen.recipe, chosen.overrides)
-        trainer = Trainer(config, chosen.run, chosen.resume, asked)
+        trainer = Trainer(config, chosen.run, chosen.resume, asked, hold)
         if not chosen.brief and trainer.rank == 0:
             print(config.to_yaml(), flush=True)
         return trainer.train()

@@ -17,7 +17,8 @@ from jointfuse.config import Config, changed_keys, validate
 from jointfuse.data.mixture import AnyCorpus, corpus_digest
 from jointfuse.errors import UserError
 from jointfuse.files import read_yaml, write_json, write_text
-from jointfuse.train.engine import Layout, layout, read_ds_config
+from jointfuse.train.deepspeed_file import read_deepspeed_file
+from jointfuse.train.engine import Layout, layout
 from jointfuse.train.resize import check_resize, load_resized
 from jointfuse.train.writer import Writer
 
@@ -31,6 +32,7 @@ FREE = {
     "data.cache",
     "data.cache_gib",
     "data.on_error",
+    "data.patience",
     "data.most_skipped",
     "train.deepspeed",
     "train.micro_batch",
@@ -39,8 +41,13 @@ FREE = {
     "train.most_broken",
     "train.longest_step",
     "train.save_every",
+    "train.log_every",
+    "train.record_batches",
+    "train.evaluate_every",  # which models may be chosen, and nothing of the training
+    "train.patience",
     "recipe",
 }
+LENGTHS = ("train.epochs", "train.steps")  # may grow
 
 
 @dataclass
@@ -53,6 +60,8 @@ class Position:
     best_score: float = -1.0
     best_step: int = -1
     evaluations_without_better: int = 0
+    steps: int = 0  # of the whole run, as it was to be; 0: an older checkpoint, which does not say
+    warmup: int = 0  # steps of it, of the length that the run began with
     world_size: int = 1  # this and the next three: the layout of DeepSpeed's files
     stage: int = 0
     precision: str = "float32"
@@ -144,22 +153,30 @@ def check_resumable(checkpoint: Path, config: Config, world_size: int, corpus: A
         read_yaml(checkpoint / "config.yaml", "resume from another checkpoint of the run"),
         str(checkpoint / "config.yaml"),
     )
-    changed = {key: values for key, values in changed_keys(written, config).items() if key not in FREE}
+    changed = {key: values for key, values in changed_keys(written, config).items() if not _may_change(key, *values)}
     if changed:
-        key, (old, new) = next(iter(changed.items()))
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        each = "; ".join(f"{key} = {old!r} there, {new!r} here" for key, (old, new) in changed.items())
+        longer = ", which may only grow" if changed.keys() & set(LENGTHS) else ""
         raise UserError(
-            f"{checkpoint} was written with {key} = {old!r}, this run has {new!r}{more}; "
-            f"resume with the settings of the run (--recipe {checkpoint.parents[1] / 'config.yaml'}), "
-            f"or start a new run"
+            f"{checkpoint} was written with other settings: {each}{longer}; resume with the settings of the run "
+            f"(--recipe {checkpoint.parents[1] / 'config.yaml'}), or start a new run"
         )
     position = Position(**json.loads((checkpoint / "position.json").read_text(encoding="utf-8")))
+    if not position.steps:
+        train = written.train
+        epochs = (train.epochs or 0) * -(-len(corpus.split("train")) // train.batch)
+        position.steps = train.steps or epochs
+        position.warmup = round(train.warmup * position.steps)
     if position.corpus != corpus_digest(corpus):
         raise UserError(
             f"{checkpoint} was written on another corpus than {corpus.path}; resume with the corpus of the run"
         )
-    check_resize(checkpoint, written, position.layout, config, layout(read_ds_config(config.train), world_size))
+    check_resize(checkpoint, written, position.layout, config, layout(read_deepspeed_file(config.train), world_size))
     return position
+
+
+def _may_change(key: str, old: Any, new: Any) -> bool:
+    return key in FREE or (key in LENGTHS and None not in (old, new) and new > old)
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, before: Layout, now: Layout) -> None:

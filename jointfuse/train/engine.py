@@ -8,6 +8,7 @@ import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,22 +16,13 @@ import torch
 
 from jointfuse.config import Config, TrainSettings
 from jointfuse.errors import UserError
+from jointfuse.train.deepspeed_file import DeepSpeedFile, read_deepspeed_file
 from jointfuse.train.quiet import deepspeed
 
 if TYPE_CHECKING:  # a launcher divides a batch and needs no model
     from jointfuse.train.objective import Objective
 
-PACKAGE = Path(__file__).resolve().parents[1]
-DS_CONFIGS = (PACKAGE / "ds_configs", PACKAGE.parent / "ds_configs")
 LONGEST_BUILD = 1800  # seconds
-RECIPE_OWNS = {
-    "train_batch_size": "train.batch",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.batch and train.micro_batch",
-    "gradient_clipping": "train.clip",
-    "optimizer": "train.optimizer, train.lr, train.betas, train.epsilon and train.weight_decay",
-    "scheduler": "train.warmup and train.decay",
-}
 
 
 @dataclass(frozen=True)
@@ -61,46 +53,6 @@ def divide(settings: TrainSettings, world_size: int) -> Division:
     return Division(world_size, micro, a_rank // micro)
 
 
-def ds_config_path(name: str) -> Path:
-    """ds_configs/NAME.json of the project, or a path to any JSON file. Raises UserError if there is none."""
-    if name.endswith(".json"):
-        return Path(name)
-    for folder in DS_CONFIGS:
-        if (folder / f"{name}.json").exists():
-            return folder / f"{name}.json"
-    raise UserError(
-        f"train.deepspeed = '{name}': choose one of {', '.join(ds_config_names())}, or a path to a .json file"
-    )
-
-
-def ds_config_names() -> list[str]:
-    """The shipped files."""
-    return sorted(path.stem for folder in DS_CONFIGS for path in folder.glob("*.json"))
-
-
-def read_ds_config(settings: TrainSettings) -> dict[str, Any]:
-    """The DeepSpeed file of the recipe, as it is on disk.
-
-    Raises:
-        UserError: a missing or damaged file, or one that sets what the recipe owns.
-    """
-    path = ds_config_path(settings.deepspeed)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"train.deepspeed: {path} cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"train.deepspeed: {path} is not valid JSON ({error})") from error
-    for key, owner in RECIPE_OWNS.items():
-        if key in config:
-            raise UserError(f"{path}: '{key}' belongs to the recipe ({owner}); remove it from the DeepSpeed file")
-    return config
-
-
-def zero_stage(ds_config: dict[str, Any]) -> int:
-    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
-
-
 @dataclass(frozen=True)
 class Layout:
     """What DeepSpeed's files of a checkpoint depend on; one that was written in another is converted (resize.py)."""
@@ -114,12 +66,11 @@ class Layout:
         return f"{self.world_size} rank{'s' if self.world_size > 1 else ''} ZeRO-{self.stage}"
 
 
-def layout(ds_config: dict[str, Any], world_size: int) -> Layout:
+def layout(file: DeepSpeedFile, world_size: int) -> Layout:
     """The layout that checkpoints of so many ranks have on this machine."""
-    half = [precision for precision in ("fp16", "bf16") if ds_config.get(precision, {}).get("enabled")]
-    decisive = json.dumps([ds_config, deepspeed.accelerator.get_accelerator().device_name()], sort_keys=True)
+    decisive = json.dumps([file.content, deepspeed.accelerator.get_accelerator().device_name()], sort_keys=True)
     digest = hashlib.sha256(decisive.encode()).hexdigest()[:16]
-    return Layout(world_size, zero_stage(ds_config), half[0] if half else "float32", digest)
+    return Layout(world_size, file.stage, file.precision, digest)
 
 
 def check_compile(settings: TrainSettings, stage: int) -> None:
@@ -137,15 +88,15 @@ def check_compile(settings: TrainSettings, stage: int) -> None:
         )
 
 
-def check_precision(ds_config: dict[str, Any], name: str) -> None:
+def check_precision(file: DeepSpeedFile) -> None:
     """Raises UserError where the machine's device cannot train in the file's precision."""
     accelerator = deepspeed.accelerator.get_accelerator()
-    for precision, supported in (("fp16", accelerator.is_fp16_supported()), ("bf16", accelerator.is_bf16_supported())):
-        if ds_config.get(precision, {}).get("enabled") and not supported:
-            raise UserError(
-                f"train.deepspeed = '{name}': this machine's device ({accelerator.device_name()}) cannot train in "
-                f"{precision}; choose another file of ds_configs/"
-            )
+    able = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
+    if file.precision != "float32" and not able[file.precision]():
+        raise UserError(
+            f"train.deepspeed = '{file.name}': this machine's device ({accelerator.device_name()}) cannot train in "
+            f"{file.precision}; choose another file of ds_configs/"
+        )
 
 
 def parameter_groups(objective: "Objective", settings: TrainSettings) -> list[dict[str, Any]]:
@@ -175,19 +126,17 @@ def parameter_groups(objective: "Objective", settings: TrainSettings) -> list[di
     ]
 
 
-def _optimizer(groups: list[dict[str, Any]], settings: TrainSettings, ds_config: dict[str, Any]) -> Any:
-    common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.epsilon}
-    decoupled = settings.optimizer == "adamw"
-    if ds_config.get("zero_optimization", {}).get("offload_optimizer"):
+def choose_adam(file: DeepSpeedFile, decoupled: bool) -> partial[Any]:
+    """The Adam, or the AdamW, for where the optimizer is kept."""
+    if file.offload_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **common)
+        return partial(DeepSpeedCPUAdam, adamw_mode=decoupled)
     if torch.cuda.is_available():
         from deepspeed.ops.adam import FusedAdam
 
-        return FusedAdam(groups, adam_w_mode=decoupled, **common)
-    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-    return kind(groups, fused=True, **common)
+        return partial(FusedAdam, adam_w_mode=decoupled)
+    return partial(torch.optim.AdamW if decoupled else torch.optim.Adam, fused=True)
 
 
 def forget_dead_builds(extensions: Path) -> None:
@@ -205,9 +154,9 @@ def start_engine(objective: "Objective", config: Config, division: Division) -> 
         UserError: a DeepSpeed file that cannot be used.
     """
     settings = config.train
-    ds_config = read_ds_config(settings)
-    check_precision(ds_config, settings.deepspeed)
-    ds_config |= {
+    file = read_deepspeed_file(settings)
+    check_precision(file)
+    ds_config = file.content | {
         "train_batch_size": settings.batch,
         "train_micro_batch_size_per_gpu": division.micro_batch,
         "gradient_accumulation_steps": division.accumulation,
@@ -217,12 +166,13 @@ def start_engine(objective: "Objective", config: Config, division: Division) -> 
         "steps_per_print": 10**9,
     }
     forget_dead_builds(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
-    optimizer = _optimizer(parameter_groups(objective, settings), settings, ds_config)
-    if zero_stage(ds_config) == 0:
+    adam = choose_adam(file, decoupled=settings.optimizer == "adamw")
+    groups = parameter_groups(objective, settings)
+    optimizer = adam(groups, lr=settings.lr, betas=settings.betas, eps=settings.epsilon)
+    if file.stage == 0:
         optimizer.register_step_pre_hook(_skip_what_is_not_finite)
     rates = [group["lr"] for group in optimizer.param_groups]
-    half = any(ds_config.get(precision, {}).get("enabled") for precision in ("fp16", "bf16"))
-    wrapped = half and zero_stage(ds_config) == 0
+    wrapped = file.precision != "float32" and file.stage == 0
     if wrapped:
         # DeepSpeed's wrapper for this case takes a step without gradients when it is made: at rate 0 no weight moves.
         for group in optimizer.param_groups:

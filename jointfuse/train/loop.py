@@ -34,15 +34,16 @@ from jointfuse.train.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
 )
+from jointfuse.train.deepspeed_file import read_deepspeed_file, slow_precision
 from jointfuse.train.engine import (
     check_compile,
     divide,
     forget_gradients,
     full_state,
     layout,
-    read_ds_config,
     start_engine,
 )
+from jointfuse.train.hold import Hold
 from jointfuse.train.objective import Objective
 from jointfuse.train.pool import pool_step
 from jointfuse.train.progress import Display, peak_memory
@@ -59,7 +60,7 @@ from jointfuse.train.run_folder import (
     note,
     write_status,
 )
-from jointfuse.train.schedule import lr_factor
+from jointfuse.train.schedule import describe_longer, lr_factor
 from jointfuse.train.start import splits_read, starting_mel, starting_tokenizer
 from jointfuse.train.vote import Vote
 from jointfuse.train.watchdog import Watchdog
@@ -73,18 +74,28 @@ class Trainer:
         run: folder of the run.
         resume: go on from the run's latest checkpoint (from the start where it has none yet).
         asked: set once this rank is to save and stop.
+        hold: rank 0 takes it before it writes to the folder.
 
     Raises:
         UserError: settings, data, weights or a checkpoint that cannot be used; nothing has been written then.
+        PassingFault: another process trains the run.
     """
 
-    def __init__(self, config: Config, run: Path, resume: bool, asked: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        resume: bool,
+        asked: threading.Event | None = None,
+        hold: Hold | None = None,
+    ) -> None:
         self.config, self.run = config, run
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         settings = config.train
         check_run_folder(run, resume)
         self.division = divide(settings, self.world_size)
-        self.layout = layout(read_ds_config(settings), self.world_size)
+        self.file = read_deepspeed_file(settings)
+        self.layout = layout(self.file, self.world_size)
         check_compile(settings, self.layout.stage)
         checkpoint = latest_checkpoint(run) if resume else None
         self.corpus = open_for_training(config.data)
@@ -120,6 +131,8 @@ class Trainer:
         self.engine = start_engine(objective, config, self.division)
         dist.barrier()  # every rank has looked at the folder before rank 0 writes to it
         if self.rank == 0:
+            if hold:
+                hold.take()
             create_run_folder(run, config, self.world_size)
             if self.tokenizer:
                 self.tokenizer.save_pretrained(run / "tokenizer")
@@ -129,8 +142,9 @@ class Trainer:
         self.waited = Waited()
         if checkpoint:
             load_checkpoint(self.engine, checkpoint, self.position.layout, self.layout)
-        self.resumed_from = self.position.layout
-        self.position = replace(self.position, **asdict(self.layout))
+        self.resumed_from, self.steps_before = self.position.layout, self.position.steps
+        warmup = self.position.warmup if checkpoint else round(settings.warmup * self.steps)
+        self.position = replace(self.position, steps=self.steps, warmup=warmup, **asdict(self.layout))
         self.log = MetricsLog(run, self.position.step) if self.rank == 0 else None
         self.broken = 0  # steps in a row
         self.skipped = 0  # utterances of this epoch, of all ranks, since the run was last started
@@ -256,7 +270,7 @@ class Trainer:
         if settings.record_batches:
             self._record(micro)
         total = self._counted(total, micro)
-        factor = lr_factor(settings, position.step - 1, self.steps)
+        factor = lr_factor(settings, position.step - 1, self.steps, position.warmup)
         for group, base in zip(self.engine.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * factor
         loss = self._micro_steps(total, micro, window)
@@ -388,11 +402,17 @@ class Trainer:
                 f"{len(self.unread_texts)} texts could not be read and are not in the tokenizer; {self.run / SKIPPED} "
                 "names them"
             )
+        if slow := slow_precision(self.file, self.device.type):
+            self.display.line(slow)
         if position.step:
             self.display.line(
                 f"resumed at step {position.step} (epoch {position.epoch + 1}, batch {position.batch})"
                 f"{described(self.resumed_from, self.layout)}"
             )
+            if self.steps > self.steps_before:
+                self.display.line(
+                    describe_longer(self.config.train, position.step, self.steps_before, self.steps, position.warmup)
+                )
 
 
 class _Window:

@@ -17,7 +17,8 @@ from torch import nn
 
 from jointfuse.config import Config
 from jointfuse.errors import UserError
-from jointfuse.train.engine import Layout, divide, read_ds_config
+from jointfuse.train.deepspeed_file import read_deepspeed_file
+from jointfuse.train.engine import Layout, divide
 from jointfuse.train.quiet import deepspeed
 
 WEIGHT, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
@@ -37,9 +38,7 @@ def check_resize(checkpoint: Path, written: Config, before: Layout, config: Conf
             f"{checkpoint} was written in {before.precision}, {named} trains in {now.precision}; choose a DeepSpeed "
             f"file of that precision, such as {written.train.deepspeed}"
         )
-    zero = read_ds_config(config.train).get("zero_optimization", {})
-    on_nvme = any(zero.get(key, {}).get("device") == "nvme" for key in ("offload_optimizer", "offload_param"))
-    if before != now and (on_nvme or (checkpoint / "offloaded_tensors").exists()):
+    if before != now and (read_deepspeed_file(config.train).on_nvme or (checkpoint / "offloaded_tensors").exists()):
         raise UserError(
             f"{checkpoint}: state on NVMe cannot be converted from {before} to {now}, {named}; resume with "
             f"--ranks {before.world_size} train.deepspeed={written.train.deepspeed}"

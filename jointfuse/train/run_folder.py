@@ -4,6 +4,7 @@ RUN/config.yaml        resolved settings          RUN/checkpoints/   to resume f
 RUN/environment.json   versions and devices       RUN/best/          the chosen model
 RUN/metrics.jsonl      losses and dev scores      RUN/tokenizer/     where the model reads text
 RUN/status             running, finished or stopped
+RUN/lock, RUN/holder.json  held while a training works on it, and by whom: hold.py
 RUN/tensorboard/           RUN/skipped.jsonl  with data.on_error=skip: what could not be read, and why
                            RUN/broken.jsonl   utterances of steps whose loss or gradient was not finite
                            RUN/batches/  with train.record_batches: a file a rank, the utterances of each micro-batch
@@ -13,6 +14,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +25,11 @@ import torch
 from jointfuse.config import Config
 from jointfuse.errors import UserError
 from jointfuse.evaluate.history import read_metrics
-from jointfuse.files import write_json, write_text
+from jointfuse.files import read_text, write_json, write_text
+from jointfuse.train.hold import HOLDER, LOCK, holder_of, is_held
 
 SKIPPED, BROKEN, BATCHES = "skipped.jsonl", "broken.jsonl", "batches"
-RUNNING, FINISHED, STOPPED_EARLY = "running", "finished", "stopped"
+RUNNING, FINISHED, STOPPED_EARLY, DIED = "running", "finished", "stopped", "died"
 
 
 def check_run_folder(run: Path, resume: bool) -> None:
@@ -34,7 +37,7 @@ def check_run_folder(run: Path, resume: bool) -> None:
     exists = (run / "config.yaml").exists()
     if resume and not exists:
         raise UserError(f"{run}: there is no run to resume here; leave out --resume to start one")
-    if not resume and run.exists() and any(run.iterdir()):
+    if not resume and run.exists() and {path.name for path in run.iterdir()} - {LOCK, HOLDER}:
         way_out = "add --resume to go on with it, or choose another folder" if exists else "choose another folder"
         raise UserError(f"{run}: the folder exists and is not empty; {way_out}")
 
@@ -64,11 +67,32 @@ def write_status(run: Path, status: str) -> None:
 
 
 def read_status(run: Path) -> str:
-    """One of RUNNING, FINISHED and STOPPED_EARLY; empty where no run has begun."""
-    try:
-        return (run / "status").read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
+    """One of RUNNING, FINISHED, STOPPED_EARLY and DIED; empty where no run has begun.
+
+    Not for the process that trains it. DIED is what nothing holds any more that was to be running; where a file system
+    does not carry locks between machines, that is also what runs on another one.
+    """
+    if not (run / "status").exists():
         return ""
+    status = read_text(run / "status", "train the run again, or resume it").strip()
+    return DIED if status == RUNNING and not is_held(run) else status
+
+
+def describe_run(run: Path) -> str:
+    """What has become of a run, and whether it can be resumed, in one line; empty where no run has begun."""
+    status = read_status(run)
+    if not status:
+        return ""
+    holder, step = holder_of(run), max((row["step"] for row in read_metrics(run)), default=0)
+    where = f" {holder}" if holder else ""
+    elsewhere = holder is not None and holder.host != socket.gethostname()
+    unless = " (unless its disk carries no locks between machines)" if elsewhere else ""
+    return f"{run}: " + {
+        RUNNING: f"is running{where}, at step {step}",
+        DIED: f"was running{where} and died after step {step}{unless}; --resume goes on from its last checkpoint",
+        STOPPED_EARLY: f"stopped after step {step} when asked to; --resume goes on from there",
+        FINISHED: f"finished at step {step}; with more train.epochs or train.steps, --resume trains it for longer",
+    }.get(status, f"status {status!r}")
 
 
 def note(path: Path, rows: list[dict[str, Any]]) -> None:

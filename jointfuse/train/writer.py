@@ -51,10 +51,14 @@ class Writer(deepspeed.runtime.checkpoint_engine.checkpoint_engine.CheckpointEng
 
 
 def _write(state: Any, path: str) -> None:
-    with open(path, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or path  # fsync names no file
+        raise
 
 
 def _on_host(state: Any, seen: dict[int, Any] | None = None) -> Any:
