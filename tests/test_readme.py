@@ -33,6 +33,11 @@ SHORTER = {
     "python tools/shard_stats.py corpora/mine --page corpora/mine.html": {},
     "jointfuse train --recipe small --run runs/mine --ranks 2 data.corpus=corpora/mine": {"--recipe small": TINY},
     "jointfuse eval runs/mine --split test": {},
+    "jointfuse eval runs/mine --corpus corpora/ravdess data.labels='{happy: joy, sad: sadness, angry: anger, "
+    "fearful: fear, surprised: surprise, calm: null}'": {
+        "sad: sadness": "sad: null",
+        "surprised: surprise": "neutral: null, disgust: null, surprised: null",
+    },
     "jointfuse train --recipe small --run runs/local --ranks 2 data.corpus=corpora/mine "
     "model.text_encoder.weights=models/minilm model.language.weights=models/minilm "
     "model.vision.weights=models/dinov2-small": {"--recipe small": f"--recipe small {FEW} data.max_seconds=1"},
