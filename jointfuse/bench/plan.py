@@ -73,9 +73,17 @@ def _write_corpus(folder: Path, utterances: int, shards: int) -> None:
     for number in range(shards):
         (folder / "train" / shard_name(number)).touch()
     described = [
-        {"name": shard_name(n), "samples": int(size), "bytes": 0, "sha256": ""} for n, size in enumerate(sizes)
+        {"name": shard_name(n), "samples": int(size), "bytes": 0, "sha256": "0" * 64} for n, size in enumerate(sizes)
     ]
-    split = {"samples": utterances, "lacking": {"text": 0, "clip": 0, "both": 0}, "shards": described}
+    split = {
+        "samples": utterances,
+        "dialogues": 1,
+        "seconds": 0.0,
+        "lacking": {"text": 0, "clip": 0, "both": 0},
+        "label_counts": {"a": utterances, "b": 0},
+        "speakers": [],
+        "shards": described,
+    }
     mel = {"mean": 0.0, "deviation": 1.0}
     info = {"format": FORMAT, "name": "synthetic", "labels": ["a", "b"], "speakers": [], "mel": mel}
     write_json(folder / "corpus.json", info | {"splits": {"train": split}})

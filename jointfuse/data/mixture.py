@@ -36,6 +36,7 @@ class MixedSplit:
     def __init__(self, name: str, parts: Sequence[tuple[Split, Part]], labels: Sequence[str]) -> None:
         self.name, self.splits = name, [split for split, _ in parts]
         self.folder = " + ".join(str(split.folder) for split in self.splits)
+        self.check_index()
         self._label_of = [part.label_of for _, part in parts]
         self._kept = [np.flatnonzero(of[split.index["label"]] != LEFT_OUT) for split, (_, of, _) in parts]
         self._starts = np.cumsum([0, *map(len, self._kept)])
@@ -71,6 +72,11 @@ class MixedSplit:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def check_index(self) -> None:
+        """As `Split.check_index`, of every corpus's split."""
+        for split in self.splits:
+            split.check_index()
 
     def part_of(self, ids: np.ndarray) -> np.ndarray:
         """(n,) -> (n,): the number of the corpus that each utterance is of."""

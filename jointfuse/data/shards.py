@@ -17,6 +17,7 @@ import json
 import os
 import tarfile
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,15 +29,18 @@ import numpy as np
 import soundfile
 
 from jointfuse.data.cache import ShardCache
-from jointfuse.data.index import FORMAT, INDEX_DTYPE
+from jointfuse.data.checks import UNLABELLED, contradictions, index_fault, row_fault
+from jointfuse.data.index import INDEX_DTYPE
 from jointfuse.data.mel import SAMPLE_RATE, MelSums
+from jointfuse.data.records import CheckedSidecar, CorpusRecord, Meta
 from jointfuse.errors import UserError
-from jointfuse.files import replacing
+from jointfuse.files import parse_json, plainly, read_json, replacing
 
 OPEN_TARS = 64  # kept open by one Split in one process
 READ_ATTEMPTS, FIRST_WAIT = 4, 0.2  # seconds, doubled with each attempt
 FINAL = (errno.ENOENT, errno.EACCES, errno.EMFILE, errno.EISDIR)  # does not pass by waiting
 SIDECARS_KEPT = 8
+AGAIN = "copy the corpus again or build it again"
 
 
 @dataclass(frozen=True)
@@ -155,20 +159,16 @@ class _Handle:
 
 def read_sidecar(path: Path) -> dict[str, Any]:
     """A shard's sidecar. Raises UserError."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        content["samples"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: the shard's sidecar cannot be read ({error}); build the corpus again") from error
-    return content
+    return dict(read_json(path, CheckedSidecar, AGAIN))
 
 
 def decode_flac(data: bytes) -> np.ndarray:
     """FLAC bytes to (S,) int16. Raises ValueError unless they are a 16 kHz mono clip that is not empty."""
     try:
         waveform, rate = soundfile.read(io.BytesIO(data), dtype="int16")
-    except soundfile.SoundFileError as error:
-        raise ValueError(f"its audio does not decode: {error}") from error
+    except (soundfile.SoundFileError, MemoryError) as error:  # or a header that promises more than fits into memory
+        reason = getattr(error, "error_string", error)  # without the name of what it was read from
+        raise ValueError(f"its audio does not decode: {reason}") from error
     if rate != SAMPLE_RATE or waveform.ndim != 1:
         raise ValueError(f"its audio is not {SAMPLE_RATE} Hz mono")
     if waveform.size == 0:
@@ -224,30 +224,34 @@ def parse_utterance(data: bytes, audio: bool = True) -> Utterance:
     """One sample's bytes, tar headers included, decoded. Raises ValueError saying what is wrong with them."""
     key, members = _members(data)
     clip = members.get("flac") if audio else None
+    for needed in ("json", "txt"):
+        if needed not in members:
+            raise ValueError(f"'{needed}' is missing")
     try:
-        meta = json.loads(members["json"])
-        return Utterance(
-            key=key,
-            text=members["txt"].decode(),
-            waveform=None if clip is None else decode_flac(clip),
-            label=int(meta["label"]),
-            speaker=meta["speaker"],
-            dialogue=meta["dialogue"],
-            turn=int(meta["turn"]),
-            meta=meta,
-        )
-    except KeyError as error:
-        raise ValueError(f"{error} is missing") from error
-    except TypeError as error:
+        meta = parse_json(members["json"], Meta)
+    except ValueError as error:
         raise ValueError(f"its JSON is not as it should be: {error}") from error
+    return Utterance(
+        key=key,
+        text=members["txt"].decode(),
+        waveform=None if clip is None else decode_flac(clip),
+        label=UNLABELLED if meta["label"] is None else meta["label"],
+        speaker=meta["speaker"],
+        dialogue=meta["dialogue"],
+        turn=meta["turn"],
+        meta=dict(meta),
+    )
 
 
 class Split:
     """One split of a corpus, sample by sample. May be pickled and forked: files are opened where they are read."""
 
-    def __init__(self, corpus: Path, name: str, info: dict[str, Any], cache: ShardCache | None = None) -> None:
-        self.corpus, self.name, self.info, self.cache = corpus, name, info, cache
+    def __init__(
+        self, corpus: Path, name: str, info: dict[str, Any], speakers: int, cache: ShardCache | None = None
+    ) -> None:
+        self.corpus, self.name, self.info, self.speakers, self.cache = corpus, name, info, speakers, cache
         self.folder = corpus / name
+        self.labels = len(info["label_counts"])
         self.shards = [self.folder / shard["name"] for shard in info["shards"]]
         self.shard_sizes: list[int] = [shard["samples"] for shard in info["shards"]]
         self._first = [0, *accumulate(self.shard_sizes)]  # sample of each shard
@@ -270,18 +274,31 @@ class Split:
             try:
                 # As a plain array: a memmap takes four times as long to name an entry.
                 index = np.memmap(path, dtype=INDEX_DTYPE, mode="r").view(np.ndarray)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: the index cannot be read ({error}); build the corpus again") from error
+            except OSError as error:
+                raise UserError(f"{path}: the index cannot be read ({error.strerror}); {AGAIN}") from error
+            except ValueError as error:
+                raise UserError(f"{path}: the index is empty or cut off within an entry; {AGAIN}") from error
             if len(index) != len(self):
-                raise UserError(f"{path}: {len(index)} entries, corpus.json says {len(self)}; build the corpus again")
+                raise UserError(f"{path}: {len(index)} entries, corpus.json says {len(self)}; {AGAIN}")
             self._index = index
         return self._index
+
+    def check_index(self) -> None:
+        """Look at every entry of the index, for whoever reads all of them anyway. Raises UserError."""
+        if fault := index_fault(self.index, self.info["shards"], self.labels, self.speakers):
+            raise UserError(f"{self.folder / 'index.bin'}: {fault}; {AGAIN}")
+
+    def check_labels(self, labels: np.ndarray) -> None:
+        """Raises UserError where a label of the index, (n,), is none of the corpus."""
+        if (wrong := (labels >= self.labels) & (labels != UNLABELLED)).any():
+            label = int(labels[wrong.argmax()])
+            raise UserError(f"{self.folder / 'index.bin'}: label {label} of {self.labels}; {AGAIN}")
 
     def sample(self, i: int, audio: bool = True) -> Utterance:
         """Sample `i`, its clip decoded if `audio`. Raises UserError with shard, key and offset if it is damaged."""
         data = self.read(i)
         try:
-            return parse_utterance(data, audio)
+            return self._parsed(i, data, audio)
         except ValueError as error:
             if not self.cache:
                 raise self._damaged(i, str(error)) from error
@@ -289,9 +306,15 @@ class Split:
         self.cache.drop(self.info["shards"][int(self.index[i]["shard"])])
         data = self.read(i)
         try:
-            return parse_utterance(data, audio)
+            return self._parsed(i, data, audio)
         except ValueError as error:
             raise self._damaged(i, str(error)) from error
+
+    def _parsed(self, i: int, data: bytes, audio: bool) -> Utterance:
+        utterance = parse_utterance(data, audio)
+        if utterance.label != (label := int(self.index[i]["label"])):
+            raise ValueError(f"its label is {utterance.label}, index.bin says {label}")
+        return utterance
 
     def turns_before(self, i: int, number: int) -> list[Utterance]:
         """Up to so many turns before sample `i` in its dialogue, in order, without their clips."""
@@ -309,18 +332,21 @@ class Split:
 
     def key(self, i: int) -> str:
         """Sample `i`'s key, from the shard's sidecar."""
-        shard = int(self.index[i]["shard"])
+        shard = bisect_right(self._first, i % len(self)) - 1
         keys = self._keys.get(shard)
         if keys is None:
             if len(self._keys) >= SIDECARS_KEPT:
                 self._keys.clear()
             sidecar = read_sidecar(self.shards[shard].with_suffix(".json"))
             keys = self._keys[shard] = [sample["key"] for sample in sidecar["samples"]]
+            if len(keys) != self.shard_sizes[shard]:
+                path, wanted = self.shards[shard].with_suffix(".json"), self.shard_sizes[shard]
+                raise UserError(f"{path}: {len(keys)} samples, corpus.json says {wanted}; {AGAIN}")
         return keys[i % len(self) - self._first[shard]]
 
     def read(self, i: int) -> bytes:
         """Sample `i`'s bytes, tar headers included. Raises UserError with shard, key and offset."""
-        shard, offset, size, *_ = self.index[i].item()
+        shard, offset, size = self._place(i)
         for attempt in range(READ_ATTEMPTS):
             try:
                 handle = self._opened(shard)
@@ -330,19 +356,30 @@ class Split:
                 # A shared file system that was away for a moment.
                 self._handles.pop(shard, None)
                 if attempt == READ_ATTEMPTS - 1 or error.errno in FINAL:
-                    raise self._damaged(i, str(error)) from error
+                    raise self._damaged(i, plainly(error)) from error
                 time.sleep(FIRST_WAIT * 2**attempt)
         if len(data) < size:
             raise self._damaged(i, f"the file ends {size - len(data)} bytes early")
         return data
+
+    def _place(self, i: int) -> tuple[int, int, int]:
+        """Shard, offset and size of sample `i`. Raises UserError where the index points out of its tars."""
+        entry = self.index[i]
+        shard, offset, size, _, _, label, *_ = entry.item()
+        sound = shard < len(self.shards) and offset + size <= self.info["shards"][shard]["bytes"]
+        if not sound or not (label < self.labels or label == UNLABELLED):
+            every = np.array([one["bytes"] for one in self.info["shards"]], dtype=np.uint64)
+            fault = row_fault(np.array([entry]), i % len(self), every, self.labels)
+            raise UserError(f"{self.folder / 'index.bin'}: {fault}; {AGAIN}")
+        return shard, offset, size
 
     def read_ahead(self, ids: Sequence[int]) -> None:
         """Have the system fetch, all at once and in the order of the disk, what `read` is going to be asked for."""
         if self.cache or not hasattr(os, "posix_fadvise"):
             return
         for i in sorted(ids):
-            shard, offset, size, *_ = self.index[i].item()
-            with suppress(OSError):  # reading it names what is wrong
+            with suppress(OSError, UserError):  # reading it names what is wrong
+                shard, offset, size = self._place(i)
                 os.posix_fadvise(self._opened(shard).descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def _opened(self, shard: int) -> _Handle:
@@ -374,8 +411,8 @@ class Corpus:
         self.name: str = info["name"]
         self.labels: list[str] = info["labels"]
         self.speakers: list[str] = info["speakers"]
-        self.mel_mean = float(info["mel"]["mean"])
-        self.mel_deviation = float(info["mel"]["deviation"])
+        mel = info["mel"] or {"mean": 0.0, "deviation": 1.0}
+        self.mel_mean, self.mel_deviation = float(mel["mean"]), float(mel["deviation"])
         self.splits: list[str] = list(info["splits"])
 
     @classmethod
@@ -383,7 +420,7 @@ class Corpus:
         """Open the corpus in folder `path`.
 
         Args:
-            check_sizes: look at every shard's size, without reading it.
+            check_sizes: see that its counts add up and look at every shard's size, without reading it.
             cache: where the shards come from when they are not in that folder; no sizes are looked at then.
 
         Raises:
@@ -398,28 +435,19 @@ class Corpus:
                 f"{path}: no corpus.json, so this is no corpus or its building never ended; "
                 "run the `tools/build_shards.py` command that makes it (again)"
             )
-        try:
-            info = json.loads(file.read_text(encoding="utf-8"))
-            found = info.get("format")
-            if found != FORMAT:
-                raise UserError(f"{file}: format {found}, this version reads format {FORMAT}; build the corpus again")
-            corpus = cls(path, info, cache)
-            for split, content in info["splits"].items():
-                if any(Path(name).name != name for name in (split, *(shard["name"] for shard in content["shards"]))):
-                    raise UserError(f"{file}: names a shard outside its folder; do not trust this corpus")
-            if check_sizes and not cache:
+        corpus = cls(path, dict(read_json(file, CorpusRecord, AGAIN)), cache)
+        if check_sizes:
+            for contradiction in contradictions(corpus.info):
+                raise UserError(f"{file}: {contradiction}; {AGAIN}")
+            if not cache:
                 corpus._check_sizes()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{file}: not a corpus description ({error!r}); build the corpus again") from error
         return corpus
 
     def split(self, name: str) -> Split:
         """The split called `name`. Raises UserError with the names there are."""
         if name not in self.info["splits"]:
             raise UserError(f"{self.path}: no split {name!r}; there are {', '.join(self.splits)}")
-        return Split(self.path, name, self.info["splits"][name], self.cache)
+        return Split(self.path, name, self.info["splits"][name], len(self.speakers), self.cache)
 
     def _check_sizes(self) -> None:
         for split, info in self.info["splits"].items():
@@ -428,9 +456,8 @@ class Corpus:
                 try:
                     size = path.stat().st_size
                 except OSError as error:
-                    raise UserError(f"{path}: {error.strerror}; copy the corpus again or build it again") from error
+                    raise UserError(f"{path}: {error.strerror}; {AGAIN}") from error
                 if size != shard["bytes"]:
                     raise UserError(
-                        f"{path}: {size} bytes, corpus.json says {shard['bytes']}: truncated or replaced; "
-                        "copy the corpus again or build it again"
+                        f"{path}: {size} bytes, corpus.json says {shard['bytes']}: truncated or replaced; {AGAIN}"
                     )

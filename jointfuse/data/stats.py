@@ -5,6 +5,7 @@ Everything but the names comes from corpus.json and the memory-mapped indexes; n
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from jointfuse.data.shards import Corpus, Split
+from jointfuse.files import replacing
 
 COLOURS = ("#33658a", "#f26419", "#86bbd8", "#758e4f", "#9b5de5", "#2f4858")  # one a split, in order
 SPEAKERS_SHOWN = 12
@@ -37,6 +39,7 @@ class SplitStats:
 
 def split_stats(split: Split, labels: int, speakers: int) -> SplitStats:
     """Count one split; `labels` and `speakers` are the numbers there are in the corpus."""
+    split.check_index()
     index = split.index
     seconds = index["duration_ms"] / 1000
     return SplitStats(
@@ -126,7 +129,8 @@ def plot(corpus: Corpus, stats: list[SplitStats], path: str | os.PathLike[str]) 
         panel.set_axisbelow(True)
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="upper right", ncols=len(names), frameon=False)
-    figure.savefig(path)
+    with replacing(Path(path)) as file:
+        figure.savefig(file, format="png")
 
 
 def plot_classes(panel: Axes, labels: list[str], stats: list[SplitStats]) -> None:
