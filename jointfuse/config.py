@@ -99,6 +99,9 @@ class DataSettings(Settings):
         "fail", description="skip: a training utterance that cannot be read is left out, counted and named"
     )
     most_skipped: Share = Field(0.01, description="share of an epoch that may be skipped until the run ends")
+    verify: bool = Field(
+        False, description="read every tar before the first step and compare its SHA-256 with corpus.json"
+    )
     workers: Count = Field(1, description="decoding processes a rank")
     augment: AugmentSettings = AugmentSettings()
 

@@ -26,14 +26,6 @@ HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 LONGEST_PLACE, LONGEST_REASON = 200, 300  # characters of a message
 
 
-def plainly(error: OSError | UserError) -> str:
-    """What a person is told of an error: `x: No such file or directory`, never `[Errno 2]`; on one line."""
-    if isinstance(error, OSError) and error.strerror:
-        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-        return ": ".join([" -> ".join(names), error.strerror] if names else [error.strerror])
-    return " ".join(str(error).split())
-
-
 # ------------------------------------------------------------------------------------------------------------- writing
 
 

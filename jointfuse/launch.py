@@ -80,10 +80,12 @@ def check_train(config: Config, run: Path, resume: bool, ranks: int) -> None:
     Args:
         ranks: of all nodes.
     """
+    from jointfuse.data.intact import splits_of
     from jointfuse.data.mixture import open_for_training
-    from jointfuse.train.checkpoint import check_resumable, latest_checkpoint
+    from jointfuse.train.checkpoint import check_resumable
     from jointfuse.train.engine import check_precision, divide, read_ds_config
     from jointfuse.train.run_folder import check_run_folder
+    from jointfuse.train.whole import latest_checkpoint
 
     check_run_folder(run, resume)
     divide(config.train, ranks)
@@ -92,8 +94,7 @@ def check_train(config: Config, run: Path, resume: bool, ranks: int) -> None:
     checkpoint = latest_checkpoint(run) if resume else None
     if checkpoint:
         check_resumable(checkpoint, config, ranks, corpus)
-    for split in ("train", "dev"):
-        corpus.split(split)
+    splits_of(corpus, ("train", "dev"))
 
 
 def launch_training(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jointfuse.train.checkpoint import latest_checkpoint
+from jointfuse.train.whole import latest_checkpoint
 
 LIMIT = 300  # seconds for what takes a few
 RECORDED = "train.record_batches=true"

@@ -17,7 +17,7 @@ from jointfuse.data.plan import Plan
 from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.shards import Corpus
 from jointfuse.errors import UserError
-from jointfuse.files import write_json
+from jointfuse.files import replacing, write_json
 
 CHUNK = 10**6  # utterances of the index that are written at once
 
@@ -65,7 +65,7 @@ def _write_corpus(folder: Path, utterances: int, shards: int) -> None:
     (folder / "train").mkdir()
     random = np.random.default_rng(0)
     sizes = np.diff(np.linspace(0, utterances, shards + 1).astype(np.int64))
-    with (folder / "train" / "index.bin").open("wb") as file:
+    with replacing(folder / "train" / "index.bin") as file:
         for start in range(0, utterances, CHUNK):
             rows = np.zeros(min(CHUNK, utterances - start), dtype=INDEX_DTYPE)
             rows["duration_ms"] = random.integers(300, 10_000, len(rows))

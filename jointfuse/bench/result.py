@@ -1,6 +1,5 @@
 """The file a benchmark leaves: what was measured, on which device."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from rich.console import Console
 
 from jointfuse.bench.device import device_name
+from jointfuse.files import write_json
 
 
 def write_result(kind: str, figures: dict[str, Any], out: Path | None, console: Console) -> dict[str, Any]:
@@ -16,6 +16,6 @@ def write_result(kind: str, figures: dict[str, Any], out: Path | None, console: 
     name = "".join(c if c.isalnum() else "-" for c in device_name()).strip("-")
     path = out or Path("build/bench") / f"{kind}-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(path, result)
     console.print(f"written to {path}", highlight=False)
     return result

@@ -24,7 +24,7 @@ import numpy as np
 from jointfuse.data.index import FORMAT, index_rows, mel_statistics, shard_name, split_record
 from jointfuse.data.mel import MelSums, to_pcm
 from jointfuse.data.parallel import cores, processes, progress
-from jointfuse.data.shards import Utterance, write_tar
+from jointfuse.data.shards import Utterance, read_sidecar, write_tar
 from jointfuse.errors import UserError
 from jointfuse.files import replacing, write_json
 
@@ -256,9 +256,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _finished(job: _Job) -> bool:
     try:
-        sidecar = json.loads(job.path.with_suffix(".json").read_text(encoding="utf-8"))
-        return sidecar["source"] == job.fingerprint and job.path.stat().st_size == sidecar["bytes"]
-    except (OSError, ValueError, KeyError, TypeError):
+        sidecar = read_sidecar(job.path.with_suffix(".json"))
+        return sidecar.get("source") == job.fingerprint and job.path.stat().st_size == sidecar["bytes"]
+    except (OSError, UserError):
         return False
 
 
@@ -381,7 +381,7 @@ def _finish(spec: CorpusSpec, out: Path, jobs: dict[str, list[_Job]]) -> dict[st
 
 def _sidecars(jobs: list[_Job]) -> Iterator[dict[str, Any]]:
     """One after the other, read again for each use: those of a large split do not fit into memory together."""
-    return (json.loads(job.path.with_suffix(".json").read_text(encoding="utf-8")) for job in jobs)
+    return (read_sidecar(job.path.with_suffix(".json")) for job in jobs)
 
 
 def _faults(spec: CorpusSpec, split: str, jobs: list[_Job]) -> list[dict[str, Any]]:

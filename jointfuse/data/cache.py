@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 from jointfuse.errors import UserError
+from jointfuse.files import put_in_place
 
 ATTEMPTS = 5
 FIRST_WAIT = 0.5  # seconds between the first two attempts, doubled with each
@@ -97,7 +98,7 @@ class ShardCache:
                 self._reserve(size, part)
                 if _download(url, part, size) != shard["sha256"]:
                     raise OSError("its SHA-256 is not the one in corpus.json")
-                part.replace(path)
+                put_in_place(part, path)
                 return
             except OSError as error:
                 reason = error.strerror or str(error)

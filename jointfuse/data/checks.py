@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from jointfuse.data.index import UNLABELLED
+
 CHUNK = 2**20  # rows of an index looked at together
-UNLABELLED = np.iinfo(np.uint16).max  # as a label of the index: a turn that is heard before others, no more
 
 
 def contradictions(info: dict[str, Any]) -> Iterator[str]:

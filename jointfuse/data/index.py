@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 FORMAT = 2  # of the folder; a reader refuses any other
+UNLABELLED = 2**16 - 1  # as a label: heard before other utterances, never trained on or scored
 INDEX_DTYPE = np.dtype(
     [
         ("shard", "<u4"),

@@ -29,12 +29,12 @@ import numpy as np
 import soundfile
 
 from jointfuse.data.cache import ShardCache
-from jointfuse.data.checks import UNLABELLED, contradictions, index_fault, row_fault
-from jointfuse.data.index import INDEX_DTYPE
+from jointfuse.data.checks import contradictions, index_fault, row_fault
+from jointfuse.data.index import INDEX_DTYPE, UNLABELLED
 from jointfuse.data.mel import SAMPLE_RATE, MelSums
 from jointfuse.data.records import CheckedSidecar, CorpusRecord, Meta
 from jointfuse.errors import UserError
-from jointfuse.files import parse_json, plainly, read_json, replacing
+from jointfuse.files import parse_json, read_json, replacing
 
 OPEN_TARS = 64  # kept open by one Split in one process
 READ_ATTEMPTS, FIRST_WAIT = 4, 0.2  # seconds, doubled with each attempt
@@ -270,18 +270,22 @@ class Split:
     def index(self) -> np.ndarray:
         """(samples,) of INDEX_DTYPE, memory-mapped."""
         if self._index is None:
-            path = self.folder / "index.bin"
-            try:
-                # As a plain array: a memmap takes four times as long to name an entry.
-                index = np.memmap(path, dtype=INDEX_DTYPE, mode="r").view(np.ndarray)
-            except OSError as error:
-                raise UserError(f"{path}: the index cannot be read ({error.strerror}); {AGAIN}") from error
-            except ValueError as error:
-                raise UserError(f"{path}: the index is empty or cut off within an entry; {AGAIN}") from error
-            if len(index) != len(self):
-                raise UserError(f"{path}: {len(index)} entries, corpus.json says {len(self)}; {AGAIN}")
-            self._index = index
+            self._index = self.open_index()
         return self._index
+
+    def open_index(self) -> np.ndarray:
+        """Map the index, without reading it. Raises UserError where it is missing or of another length."""
+        path = self.folder / "index.bin"
+        try:
+            # As a plain array: a memmap takes four times as long to name an entry.
+            index = np.memmap(path, dtype=INDEX_DTYPE, mode="r").view(np.ndarray)
+        except OSError as error:
+            raise UserError(f"{path}: the index cannot be read ({error.strerror}); {AGAIN}") from error
+        except ValueError as error:
+            raise UserError(f"{path}: the index is empty or cut off within an entry; {AGAIN}") from error
+        if len(index) != len(self):
+            raise UserError(f"{path}: {len(index)} entries, corpus.json says {len(self)}; {AGAIN}")
+        return index
 
     def check_index(self) -> None:
         """Look at every entry of the index, for whoever reads all of them anyway. Raises UserError."""
@@ -356,7 +360,7 @@ class Split:
                 # A shared file system that was away for a moment.
                 self._handles.pop(shard, None)
                 if attempt == READ_ATTEMPTS - 1 or error.errno in FINAL:
-                    raise self._damaged(i, plainly(error)) from error
+                    raise self._damaged(i, error.strerror or str(error)) from error
                 time.sleep(FIRST_WAIT * 2**attempt)
         if len(data) < size:
             raise self._damaged(i, f"the file ends {size - len(data)} bytes early")

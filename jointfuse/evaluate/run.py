@@ -13,7 +13,7 @@ from jointfuse.evaluate.history import read_metrics
 from jointfuse.evaluate.metrics import Predictions, score
 from jointfuse.evaluate.predict import predict
 from jointfuse.evaluate.report import Hard, hardest, write_report
-from jointfuse.files import read_yaml
+from jointfuse.files import former, read_yaml
 from jointfuse.losses.gather import world_size
 from jointfuse.model.export import load_model
 
@@ -34,7 +34,7 @@ def evaluate_run(run: Path, split_name: str, corpus_path: str | None = None) -> 
     Raises:
         UserError: no chosen model, no such split, or a corpus with a label that the model does not know.
     """
-    if not (run / "best").is_dir():
+    if not (run / "best").is_dir() and not former(run / "best").is_dir():
         raise UserError(f"{run}: no chosen model here (RUN/best is missing); train first, or name another run folder")
     model = load_model(run / "best")
     data = model.config.data

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from jointfuse.config import Config, parse_interval
 from jointfuse.data.augment import Augmentation
@@ -22,7 +22,7 @@ from jointfuse.data.mixture import MixedSplit, open_for_training
 from jointfuse.data.plan import Plan
 from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.stream import stream
-from jointfuse.data.tokenizer import train_tokenizer
+from jointfuse.data.tokenizer import read_tokenizer, train_tokenizer, write_tokenizer
 from jointfuse.errors import UserError
 from jointfuse.evaluate.metrics import HEADLINES, score
 from jointfuse.evaluate.predict import predict
@@ -31,10 +31,8 @@ from jointfuse.model.export import initialise, save_model
 from jointfuse.model.network import Network
 from jointfuse.train.checkpoint import (
     Checkpoints,
-    Position,
     check_resumable,
     corpus_digest,
-    latest_checkpoint,
     load_checkpoint,
 )
 from jointfuse.train.engine import (
@@ -46,6 +44,7 @@ from jointfuse.train.engine import (
     read_ds_config,
     start_engine,
 )
+from jointfuse.train.intact import check_data
 from jointfuse.train.objective import Objective
 from jointfuse.train.pool import pool_step
 from jointfuse.train.progress import Display, peak_memory
@@ -65,6 +64,7 @@ from jointfuse.train.run_folder import (
 from jointfuse.train.schedule import lr_factor
 from jointfuse.train.vote import Vote
 from jointfuse.train.watchdog import Watchdog
+from jointfuse.train.whole import Position, agreed_checkpoint
 
 
 class Trainer:
@@ -88,11 +88,12 @@ class Trainer:
         self.division = divide(settings, self.world_size)
         self.layout = layout(read_ds_config(settings), self.world_size)
         check_compile(settings, self.layout.stage)
-        checkpoint = latest_checkpoint(run) if resume else None
+        checkpoint, self.damaged = agreed_checkpoint(run) if resume else (None, [])
         self.corpus = open_for_training(config.data)
         self.position = Position(corpus=corpus_digest(self.corpus), **asdict(self.layout))
         if checkpoint:
             self.position = check_resumable(checkpoint, config, self.world_size, self.corpus)
+        check_data(self.corpus, ("train", "dev"), config.data.verify)
         torch.manual_seed(settings.seed)
         self.tokenizer = self._tokenizer()
         network = Network(
@@ -114,16 +115,16 @@ class Trainer:
         if "temperature" in settings.freeze and objective.trained_temperature is not None:
             objective.trained_temperature.requires_grad_(False)
         self.engine = start_engine(objective, config, self.division)
-        dist.barrier()  # every rank has looked at the folder before rank 0 writes to it
+        self.base_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
+        if checkpoint:
+            load_checkpoint(self.engine, checkpoint, self.position.layout, self.layout)
+        dist.barrier()  # every rank has what it needs before rank 0 writes to the folder
         if self.rank == 0:
             create_run_folder(run, config, self.world_size)
             if self.tokenizer:
-                self.tokenizer.save_pretrained(run / "tokenizer")
-        self.base_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
+                write_tokenizer(self.tokenizer, run / "tokenizer")
         self.device = self.engine.device
         self.waited = Waited()
-        if checkpoint:
-            load_checkpoint(self.engine, checkpoint, self.position.layout, self.layout)
         self.resumed_from = self.position.layout
         self.position = replace(self.position, **asdict(self.layout))
         self.log = MetricsLog(run, self.position.step) if self.rank == 0 else None
@@ -140,7 +141,7 @@ class Trainer:
         if model.modality == "audio":
             return None
         if (self.run / "tokenizer").exists():
-            return AutoTokenizer.from_pretrained(self.run / "tokenizer")
+            return read_tokenizer(self.run / "tokenizer", "delete the folder, and it is made again")
         if model.text_encoder.scratch:
             return train_tokenizer(self.corpus.split("train"), model.text_encoder.scratch.vocabulary)
         return pretrained_tokenizer(model.text_encoder, "model.text_encoder.weights")
@@ -376,6 +377,8 @@ class Trainer:
             f"{division.world_size} ranks x {division.accumulation} accumulated x {division.micro_batch}, "
             f"{self.config.train.deepspeed} on {self.device.type}"
         )
+        for fault in self.damaged:
+            self.display.line(f"{fault}; the newest checkpoint that is whole is of step {position.step}")
         if position.step:
             self.display.line(
                 f"resumed at step {position.step} (epoch {position.epoch + 1}, batch {position.batch})"
