@@ -341,8 +341,16 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Con
     return validate(tree, str(path))
 
 
-def validate(tree: dict[str, Any], origin: str) -> Config:
-    """The settings in `tree`. Raises UserError naming `origin`, the key, the value and what is allowed."""
+def validate(tree: dict[str, Any], origin: str, way_out: str = "") -> Config:
+    """The settings in `tree`. Raises UserError naming `origin`, the key, the value and what is allowed, and `way_out`
+    where no person has written them."""
+    try:
+        return _validated(tree, origin)
+    except UserError as error:
+        raise UserError(f"{error}; {way_out}" if way_out else str(error)) from error
+
+
+def _validated(tree: dict[str, Any], origin: str) -> Config:
     _refuse_unknown(tree, Config, "", origin)
     try:
         return Config.model_validate(tree)
@@ -350,7 +358,7 @@ def validate(tree: dict[str, Any], origin: str) -> Config:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"] if part != "[key]") or "settings"
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        shown = "" if isinstance(first["input"], dict | BaseModel) else f" = {first['input']!r}"
+        shown = "" if isinstance(first["input"], dict | BaseModel) else f" = {repr(first['input'])[:200]}"
         raise UserError(f"{origin}: {key}{shown}: {message}") from error
 
 

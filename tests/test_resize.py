@@ -267,9 +267,7 @@ def spoilt(recipe: Path, run: Path, file: str) -> tuple[str, bool]:
     return str(refused.value), intact
 
 
-def test_a_move_that_fails_or_is_cut_off_leaves_the_run_as_it_was(
-    pairs: Any, recipe: Path, tmp_path: Path
-) -> None:
+def test_a_move_that_fails_or_is_cut_off_leaves_the_run_as_it_was(pairs: Any, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(pairs[0] / "from2" / "1", run)
     says, intact = run_ranks(1, spoilt, tmp_path / "ranks", recipe, run, str(stage_file(3, tmp_path)))[0]

@@ -143,7 +143,7 @@ def _read_whole(folder: Path) -> tuple[Path, dict[str, Any], dict[str, torch.Ten
     before = place.stat().st_ino if place.exists() else None
     try:
         description, state = _read_description(place), _read_weights(place)
-        validate(description["config"], str(place / "model.json"))
+        validate(description["config"], str(place / "model.json"), AGAIN)
         _check_digests(place, description)
     except UserError:
         if folder.exists() and folder.stat().st_ino != before:  # a training has put a better one there meanwhile

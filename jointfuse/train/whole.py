@@ -20,6 +20,7 @@ from jointfuse.files import read_json, read_text, read_yaml
 from jointfuse.train.engine import Layout
 from jointfuse.train.resize import state_files
 
+STEP = re.compile(r"step-\d{8,20}")
 ANOTHER = "resume from another checkpoint of the run"
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
@@ -55,7 +56,7 @@ def read_position(checkpoint: Path) -> Position:
 def read_settings(checkpoint: Path) -> Config:
     """The settings that a checkpoint was written under. Raises UserError."""
     path = checkpoint / "config.yaml"
-    return validate(read_yaml(path, ANOTHER), str(path))
+    return validate(read_yaml(path, ANOTHER), str(path), ANOTHER)
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -113,7 +114,7 @@ def _odd_latest(run: Path) -> list[str]:
         name = _named(run)
     except UserError:
         return [f"{path} cannot be read"]
-    if name is None or ((path.parent / name).is_dir() and re.fullmatch(r"step-\d+", name)):
+    if name is None or (STEP.fullmatch(name) and (path.parent / name).is_dir()):
         return []
     return [f"{path} names {name[:80]!r}, which is not there"]
 
@@ -121,7 +122,7 @@ def _odd_latest(run: Path) -> list[str]:
 def _checkpoints(run: Path) -> Iterable[Path]:
     """Newest first, from the one that `latest` names: a run that went on from an older one has left the others."""
     folder = run / "checkpoints"
-    steps = sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), reverse=True)
+    steps = sorted((path for path in folder.glob("step-*") if STEP.fullmatch(path.name)), reverse=True)
     return steps if _odd_latest(run) else [path for path in steps if path.name <= (_named(run) or path.name)]
 
 
