@@ -5,15 +5,14 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
+from damaged import write_run
 from helpers import SIZES, build_corpus
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,14 +28,11 @@ from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.data.verify import verify
 from jointfuse.errors import UserError
 from jointfuse.evaluate.history import read_metrics
-from jointfuse.files import write_json, write_text
 from jointfuse.model.export import load_model, save_model
 from jointfuse.model.network import Network
-from jointfuse.train.checkpoint import check_resumable, corpus_digest
-from jointfuse.train.engine import layout, read_ds_config
-from jointfuse.train.resize import state_files
+from jointfuse.train.checkpoint import check_resumable
 from jointfuse.train.run_folder import check_run_folder, read_status
-from jointfuse.train.whole import Position, agreed_checkpoint, latest_checkpoint
+from jointfuse.train.whole import agreed_checkpoint, latest_checkpoint
 
 pytestmark = pytest.mark.required
 DRAWS = int(os.environ.get("SOAK_FILES", "25"))  # of each test; tools/soak.sh files
@@ -83,22 +79,8 @@ def model(corpus: Path, config: Config, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def run(corpus: Path, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Two checkpoints of two ranks, with files of torch where DeepSpeed's are."""
     run = tmp_path_factory.mktemp("fuzz") / "run"
-    here = layout(read_ds_config(config.train), world_size=2)
-    for step in (1, 2):
-        checkpoint = run / "checkpoints" / f"step-{step:08d}"
-        checkpoint.mkdir(parents=True)
-        position = Position(step=step, corpus=corpus_digest(Corpus.open(corpus)), **asdict(here))
-        write_json(checkpoint / "position.json", asdict(position))
-        write_text(checkpoint / "config.yaml", config.to_yaml())
-        for path in state_files(checkpoint, here):
-            torch.save({"weights": torch.arange(50.0)}, path)
-    write_text(run / "checkpoints" / "latest", "step-00000002\n")
-    write_text(run / "config.yaml", config.to_yaml())
-    write_text(run / "status", "running\n")
-    row = {"kind": "train", "step": 1, "loss": 1.0}
-    write_text(run / "metrics.jsonl", "".join(json.dumps(row | {"step": step}) + "\n" for step in (1, 2)))
+    write_run(run, config, corpus, (1, 2))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield run
     dist.destroy_process_group()
