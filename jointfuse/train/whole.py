@@ -6,10 +6,9 @@ and its sums tell what has changed since it was written.
 
 import re
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch.distributed as dist
 from pydantic import ConfigDict, Field
@@ -82,8 +81,10 @@ def agreed_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     Raises:
         UserError: none of those there are is whole.
     """
-    faults = _odd_latest(run)
-    for checkpoint in _checkpoints(run):
+    seen: list[Any] = [(_odd_latest(run), _checkpoints(run))] if dist.get_rank() == 0 else [None]
+    dist.broadcast_object_list(seen)  # a shared disk may show each machine another list
+    faults, checkpoints = seen[0]
+    for checkpoint in checkpoints:
         found: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(found, _fault(checkpoint, dist.get_rank(), len(found)))
         if not any(found):
@@ -119,7 +120,7 @@ def _odd_latest(run: Path) -> list[str]:
     return [f"{path} names {name[:80]!r}, which is not there"]
 
 
-def _checkpoints(run: Path) -> Iterable[Path]:
+def _checkpoints(run: Path) -> list[Path]:
     """Newest first, from the one that `latest` names: a run that went on from an older one has left the others."""
     folder = run / "checkpoints"
     steps = sorted((path for path in folder.glob("step-*") if STEP.fullmatch(path.name)), reverse=True)
