@@ -104,6 +104,9 @@ class DataSettings(Settings):
         PATIENCE, description="seconds for a disk or server that is away to come back, until the run ends"
     )
     most_skipped: Share = Field(0.01, description="share of an epoch that may be skipped until the run ends")
+    verify: bool = Field(
+        False, description="read every tar before the first step and compare its SHA-256 with corpus.json"
+    )
     workers: Count = Field(1, description="decoding processes a rank")
     augment: AugmentSettings = AugmentSettings()
 
@@ -354,11 +357,12 @@ def _config_of(tree: dict[str, Any], origin: str, overrides: Sequence[str]) -> C
     return Config.model_validate(whole)
 
 
-def validate(tree: dict[str, Any], origin: str) -> Config:
-    """The settings in `tree`. Raises UserError naming `origin`, the key, the value and what is allowed."""
+def validate(tree: dict[str, Any], origin: str, way_out: str = "") -> Config:
+    """The settings in `tree`. Raises UserError naming `origin`, the key, the value and what is allowed, and `way_out`
+    where no person has written them."""
     fault = find_fault(tree, Config)
     if fault:
-        raise UserError(f"{origin}: {fault.message}")
+        raise UserError(f"{origin}: {fault.message}{f'; {way_out}' if way_out else ''}")
     return Config.model_validate(tree)
 
 

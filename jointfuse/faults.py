@@ -29,7 +29,7 @@ def find_fault(tree: dict[str, Any], model: type[BaseModel]) -> Fault | None:
         key = ".".join(str(part) for part in first["loc"] if part != "[key]") or "settings"
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         together = isinstance(first["input"], dict | BaseModel)
-        shown = "" if together else f" = {first['input']!r}"
+        shown = "" if together else f" = {repr(first['input'])[:200]}"
         return Fault(f"{key}{shown}: {message}", together)
     return None
 

@@ -4,10 +4,15 @@ A writer's reader finds the old file or the whole new one, on disk, never half o
 the place in it, and the way out.
 """
 
+import ctypes
+import errno
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -18,6 +23,33 @@ from jointfuse.errors import UserError
 from jointfuse.patience import PATIENCE, patiently
 
 Content = TypeVar("Content")
+HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+LONGEST_PLACE, LONGEST_REASON = 200, 300  # characters of a message
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What fails inside names the file: a full disk does not, and libraries in Rust and C++ raise kinds of their own.
+
+    Raises:
+        OSError: with `path`, for each of them.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno:
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
+    except Exception as error:
+        hidden, number = error.__context__, re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, RuntimeError) and isinstance(hidden, OSError) and hidden.errno:
+            raise OSError(hidden.errno, hidden.strerror, str(path)) from error
+        if number:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
 
 
 @contextmanager
@@ -25,13 +57,72 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under `path` only once it is whole and on disk; on an error nothing is left."""
     part = path.with_name(f".{path.name}.part")
     try:
-        with part.open("wb") as file:
+        with naming(path), part.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        put_in_place(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Give a file that is whole and on disk its name, in one step that is on disk too."""
+    part.replace(path)
+    _sync(path.parent)
+
+
+def replace_folder(part: Path, folder: Path) -> None:
+    """Put a folder that is whole in the place of another, or where none is. All its files are on disk before.
+
+    Where the system can exchange two names (Linux, on most disks), `folder` is there at every instant; elsewhere what
+    was there is `former(folder)` for one.
+    """
+    for path in part.rglob("*"):
+        _sync(path)
+    _sync(part)
+    old = former(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    if not folder.exists():
+        part.rename(folder)
+    elif _exchanged(part, folder):
+        old = part
+    else:
+        folder.rename(old)
+        part.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def former(folder: Path) -> Path:
+    """Where the content of a folder is for the instant in which another takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    try:
+        exchange = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # not Linux, or an old C library
+        return False
+    return not exchange(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk; some file systems know no such thing of a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add lines to a file that grows; they reach the system at once."""
+    with naming(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,8 +132,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as readable JSON, replacing `path` in one step."""
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    """Write `content` as readable JSON, replacing `path` in one step; half of a surrogate pair becomes its escape."""
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    write_text(path, re.sub("[\ud800-\udfff]", lambda half: rf"\\u{ord(half[0]):04x}", text) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def read_text(path: Path, way_out: str, patience: float = PATIENCE) -> str:
@@ -65,11 +160,26 @@ def read_json(path: Path, kind: type[Content], way_out: str, patience: float = P
     """
     text = read_text(path, way_out, patience)
     try:
-        return TypeAdapter(kind).validate_json(text)
+        return parse_json(text, kind)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; {way_out}") from error
+
+
+def parse_json(text: str | bytes, kind: type[Content]) -> Content:
+    """The content of a JSON text, checked against `kind`. Raises ValueError: the place and what is wrong."""
+    try:
+        content: Content = _adapter(kind).validate_json(text)  # type: ignore[arg-type]
+        return content
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {f'{place}: ' if place else ''}{first['msg']}; {way_out}") from error
+        place = ".".join(str(part) for part in first["loc"] if part != "[key]")[:LONGEST_PLACE]
+        reason = first["msg"].removeprefix("Value error, ")[:LONGEST_REASON]
+        raise ValueError(f"{place}: {reason}" if place else reason) from error
+
+
+@lru_cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 class _EveryKeyOnce:
@@ -93,8 +203,16 @@ class _Strings(_EveryKeyOnce, yaml.BaseLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """Safely loaded. Raises yaml.YAMLError, also where a key is given twice."""
-    return yaml.load(text, _Values)
+    """Safely loaded. Raises yaml.YAMLError, also where a key is given twice, for a date that is none, a number of
+    thousands of digits, and lists a thousand deep."""
+    return _load(text, _Values)
+
+
+def _load(text: str, loader: type[_Values] | type[_Strings]) -> Any:
+    try:
+        return yaml.load(text, loader)
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise yaml.YAMLError(error) from error
 
 
 def read_yaml(path: Path, way_out: str, strings: bool = False) -> dict[str, Any]:
@@ -108,9 +226,10 @@ def read_yaml(path: Path, way_out: str, strings: bool = False) -> dict[str, Any]
     """
     text = read_text(path, way_out)
     try:
-        tree = yaml.load(text, _Strings) if strings else parse_yaml(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}); {way_out}") from error
+        tree = _load(text, _Strings) if strings else parse_yaml(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise UserError(f"{path}: not valid YAML ({reason}); {way_out}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds {type(tree).__name__} in place of named entries; {way_out}")
     return tree

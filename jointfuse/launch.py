@@ -80,13 +80,15 @@ def check_train(config: Config, run: Path, resume: bool, ranks: int) -> None:
     Args:
         ranks: of all nodes.
     """
+    from jointfuse.data.intact import splits_of
     from jointfuse.data.mixture import open_for_training
-    from jointfuse.train.checkpoint import check_resumable, latest_checkpoint
+    from jointfuse.train.checkpoint import check_resumable
     from jointfuse.train.deepspeed_file import read_deepspeed_file
     from jointfuse.train.engine import check_precision, divide
     from jointfuse.train.hold import check_not_held
     from jointfuse.train.run_folder import DIED, check_run_folder, describe_run, read_status
     from jointfuse.train.start import splits_read
+    from jointfuse.train.whole import latest_checkpoint
 
     check_not_held(run)
     check_run_folder(run, resume)
@@ -98,8 +100,7 @@ def check_train(config: Config, run: Path, resume: bool, ranks: int) -> None:
         print(describe_run(run), file=sys.stderr)
     if checkpoint:
         check_resumable(checkpoint, config, ranks, corpus)
-    for split in splits_read(config, corpus):
-        corpus.split(split)
+    splits_of(corpus, splits_read(config, corpus))
 
 
 def launch_training(

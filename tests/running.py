@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from pace import stretched
 
-from jointfuse.train.checkpoint import latest_checkpoint
+from jointfuse.train.whole import latest_checkpoint
 
 LIMIT = 300  # seconds for what takes a few, at the pace of this machine
 RECORDED = "train.record_batches=true"

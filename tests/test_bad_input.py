@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from corpus_helpers import hashes
 from distributed import run_program, run_ranks
@@ -198,15 +199,18 @@ def test_a_corpus_that_was_never_finished_is_named(refused: Refused, recipe: Pat
 def stopped(recipe: Path, corpus: Path, run: Path) -> Path:
     """A run of two ranks that has a checkpoint, as far as anything reads before DeepSpeed does."""
     from jointfuse.data.mixture import corpus_digest
-    from jointfuse.train.checkpoint import Position
     from jointfuse.train.deepspeed_file import read_deepspeed_file
     from jointfuse.train.engine import layout
+    from jointfuse.train.resize import state_files
+    from jointfuse.train.whole import Position
 
     config = load_config(str(recipe))
     written = asdict(layout(read_deepspeed_file(config.train), world_size=2))
     checkpoint = run / "checkpoints" / "step-00000005"
     checkpoint.mkdir(parents=True)
     position = Position(step=5, batch=5, corpus=corpus_digest(Corpus.open(corpus)), **written)
+    for file in state_files(checkpoint, position.layout):
+        torch.save({}, file)
     (checkpoint / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
     (checkpoint / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     (run / "checkpoints" / "latest").write_text("step-00000005\n", encoding="utf-8")
@@ -303,7 +307,7 @@ def test_resuming_what_is_not_there_is_refused(refused: Refused, recipe: Path, r
     assert "there is no run to resume here" in line
     shutil.rmtree(stopped / "checkpoints" / "step-00000005")
     line = refused("train", "--recipe", recipe, "--run", stopped, "--resume", "--ranks", 2)
-    assert "names step-00000005, which is not there" in line
+    assert "names 'step-00000005', which is not there" in line
 
 
 # ---------------------------------------------------------------------------------------------- what only ranks can see
@@ -406,4 +410,4 @@ def test_evaluating_what_is_not_there_is_refused(refused: Refused, stopped: Path
     (stopped / "best").mkdir()
     assert "model.json is missing" in refused("eval", stopped)
     (stopped / "best" / "model.json").write_text("{", encoding="utf-8")
-    assert "damaged" in refused("eval", stopped)
+    assert "best/model.json: Invalid JSON" in refused("eval", stopped)

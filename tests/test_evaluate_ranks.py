@@ -142,7 +142,10 @@ def test_a_split_or_a_corpus_that_does_not_fit_the_model_is_refused(run: Path, c
         running.evaluate_run(run, "holdout")
     other = Path(shutil.copytree(corpus, tmp_path / "other"))
     info = json.loads((other / "corpus.json").read_text(encoding="utf-8"))
-    (other / "corpus.json").write_text(json.dumps(info | {"labels": ["a", "b", "c", "d"]}), encoding="utf-8")
+    info["labels"] = ["a", "b", "c", "d"]
+    for split in info["splits"].values():
+        split["label_counts"] = dict(zip(info["labels"], split["label_counts"].values(), strict=True))
+    (other / "corpus.json").write_text(json.dumps(info), encoding="utf-8")
     with pytest.raises(UserError, match=r"its labels are a, b, c, d; the model was trained on anger, calm"):
         running.evaluate_run(run, "test", str(other))
     assert not (run / "eval-holdout").exists()

@@ -250,7 +250,8 @@ def test_a_mixture_trains_resumes_and_is_scored_alone_and_together(
     left = sum(label != 0 for label in other.split("test").index["label"])
     assert alone == ["anger", "fear", "joy", "calm", str(left)]
 
-    from jointfuse.train.checkpoint import check_resumable, latest_checkpoint
+    from jointfuse.train.checkpoint import check_resumable
+    from jointfuse.train.whole import latest_checkpoint
 
     checkpoint = latest_checkpoint(tmp_path / "run")
     assert checkpoint is not None

@@ -585,9 +585,9 @@ def spoil(folder: Path, how: str) -> None:
     ("how", "expected"),
     [
         ("no description", "no exported model here"),
-        ("half a description", "not valid JSON"),
+        ("half a description", "Invalid JSON"),
         ("another format", "format 99, this version reads format 1"),
-        ("no weights", "missing; export the model again"),
+        ("no weights", "missing; copy the folder again or export the model again"),
         ("half the weights", "damaged"),
     ],
 )

@@ -122,7 +122,7 @@ def test_folders_that_are_no_finished_corpus_are_refused_with_a_way_out(copy: Pa
     file = copy / "corpus.json"
     info = json.loads(file.read_text())
     file.write_text("{")
-    with pytest.raises(UserError, match="not a corpus description"):
+    with pytest.raises(UserError, match=r"corpus\.json: Invalid JSON.*; copy the corpus again or build it again"):
         Corpus.open(copy)
     file.write_text(json.dumps(info | {"format": 0}))
     with pytest.raises(UserError, match="format 0, this version reads format 2"):

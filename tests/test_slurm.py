@@ -12,7 +12,7 @@ from running import RECORDED, assert_same_steps, losses, processes_of, saved_ste
 from slurm_cluster import Cluster
 from training_fixtures import DROPOUT, corpus, recipe, train
 
-from jointfuse.train.checkpoint import latest_checkpoint
+from jointfuse.train.whole import latest_checkpoint
 
 __all__ = ["corpus", "recipe"]
 

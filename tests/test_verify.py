@@ -217,7 +217,7 @@ def test_rows_without_a_speaker_share_none() -> None:
 
 def test_what_is_not_a_number_is_a_fault_wherever_it_stands(copy: Path) -> None:
     def spoil(info: dict[str, Any]) -> None:
-        info["mel"]["deviation"] = float("nan")
+        info["faults"] = [{"seconds": float("nan")}]
 
     def spoil_sums(sidecar: dict[str, Any]) -> None:
         sidecar["mel"]["sum"] = float("inf")
@@ -228,8 +228,8 @@ def test_what_is_not_a_number_is_a_fault_wherever_it_stands(copy: Path) -> None:
     tar = copy / "dev" / "shard-000000.tar"
     tar.write_bytes(tar.read_bytes().replace(b'"start": null', b'"start": NaN ', 1))
     faults = "\n".join(verify(copy, workers=1).faults)
-    assert "corpus.json: mel.deviation is nan, not a number" in faults
-    assert "shard-000001.json: mel.sum is inf, not a number" in faults
+    assert "corpus.json: faults[0].seconds is nan, not a number" in faults
+    assert "shard-000001.json: mel.sum: Input should be a finite number" in faults
     assert "sample dev_dev0_000 at byte 0: start is nan, not a number" in faults
 
 

@@ -32,6 +32,7 @@ from jointfuse.data.media import read_media
 from jointfuse.data.mel import INT16, SAMPLE_RATE, MelSums, to_pcm
 from jointfuse.data.parallel import cores, processes
 from jointfuse.errors import UserError
+from jointfuse.files import write_text
 
 # Clips; the rest are links to them, since MP4 takes ten times as long to write as to read. The plain loop takes each of
 # them once, before the build and again after it: of fewer, it would find the next one in the processor's cache.
@@ -148,7 +149,7 @@ def _write_clips(folder: Path, clips: int, clip_seconds: float, rate: int, media
                 os.link(written[number % DIFFERENT], folder / file)
             said = f"said {number},Anna,{LABELS[number % 7]},neutral,{number // 10},{number % 10},1,1"
             lines.append(f"{number + 1},{said},0,{clip_seconds},{file}")
-        (folder / TABLES[split]).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(folder / TABLES[split], "\n".join(lines) + "\n")
         different += written if split == "train" else []
     return different
 

@@ -17,7 +17,7 @@ from jointfuse.data.plan import Plan
 from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.shards import Corpus
 from jointfuse.errors import UserError
-from jointfuse.files import write_json
+from jointfuse.files import replacing, write_json
 
 CHUNK = 10**6  # utterances of the index that are written at once
 
@@ -65,7 +65,7 @@ def _write_corpus(folder: Path, utterances: int, shards: int) -> None:
     (folder / "train").mkdir()
     random = np.random.default_rng(0)
     sizes = np.diff(np.linspace(0, utterances, shards + 1).astype(np.int64))
-    with (folder / "train" / "index.bin").open("wb") as file:
+    with replacing(folder / "train" / "index.bin") as file:
         for start in range(0, utterances, CHUNK):
             rows = np.zeros(min(CHUNK, utterances - start), dtype=INDEX_DTYPE)
             rows["duration_ms"] = random.integers(300, 10_000, len(rows))
@@ -73,9 +73,17 @@ def _write_corpus(folder: Path, utterances: int, shards: int) -> None:
     for number in range(shards):
         (folder / "train" / shard_name(number)).touch()
     described = [
-        {"name": shard_name(n), "samples": int(size), "bytes": 0, "sha256": ""} for n, size in enumerate(sizes)
+        {"name": shard_name(n), "samples": int(size), "bytes": 0, "sha256": "0" * 64} for n, size in enumerate(sizes)
     ]
-    split = {"samples": utterances, "lacking": {"text": 0, "clip": 0, "both": 0}, "shards": described}
+    split = {
+        "samples": utterances,
+        "dialogues": 1,
+        "seconds": 0.0,
+        "lacking": {"text": 0, "clip": 0, "both": 0},
+        "label_counts": {"a": utterances, "b": 0},
+        "speakers": [],
+        "shards": described,
+    }
     mel = {"mean": 0.0, "deviation": 1.0}
     info = {"format": FORMAT, "name": "synthetic", "labels": ["a", "b"], "speakers": [], "mel": mel}
     write_json(folder / "corpus.json", info | {"splits": {"train": split}})

@@ -1,6 +1,5 @@
 """A piece of a benchmark on several processes that form one group."""
 
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from jointfuse.files import read_json, write_json
 from jointfuse.ranks import leave
 
 
@@ -21,7 +21,7 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
     """
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_rank, (ranks, work, arguments, folder), nprocs=ranks)
-        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
+        return [read_json(Path(folder) / f"{rank}.json", Any, "run it again") for rank in range(ranks)]
 
 
 def _rank(rank: int, ranks: int, work: Callable[..., Any], arguments: tuple[Any, ...], folder: str) -> None:
@@ -35,5 +35,5 @@ def _rank(rank: int, ranks: int, work: Callable[..., Any], arguments: tuple[Any,
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
     result = work(*arguments)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
+    write_json(Path(folder) / f"{rank}.json", result)
     leave(0)

@@ -1,6 +1,5 @@
 """The file a benchmark leaves: what was measured, on which device."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from rich.console import Console
 
 from jointfuse.bench.device import device_name
+from jointfuse.files import write_json
 
 
 def file_safe(name: str) -> str:
@@ -21,6 +21,6 @@ def write_result(kind: str, figures: dict[str, Any], out: Path | None, console: 
     result = {"device": device_name(), "torch": torch.__version__} | figures
     path = out or Path("build/bench") / f"{kind}-{file_safe(device_name())}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(path, result)
     console.print(f"written to {path}", highlight=False)
     return result

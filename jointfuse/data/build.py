@@ -27,7 +27,7 @@ from jointfuse.data.contents import Contents
 from jointfuse.data.index import FORMAT, UNLABELLED, index_rows, mel_statistics, shard_name, split_record
 from jointfuse.data.mel import MelSums, to_pcm
 from jointfuse.data.parallel import cores, processes, progress
-from jointfuse.data.shards import Utterance, write_tar
+from jointfuse.data.shards import Utterance, read_sidecar, write_tar
 from jointfuse.errors import UserError
 from jointfuse.files import replacing, write_json
 from jointfuse.lock import locked
@@ -283,12 +283,12 @@ def _remove_leftovers(folder: Path, expected: list[_Job]) -> None:
 def _finished(job: _Job) -> bool:
     """Is the shard there, and were its rows and their files the same?"""
     try:
-        sidecar = json.loads(job.sidecar.read_text(encoding="utf-8"))
+        sidecar = read_sidecar(job.sidecar)
         if job.path.stat().st_size != sidecar["bytes"]:
             return False
-        same: bool = sidecar["source"] == job.fingerprint(Contents(job.record))
+        same: bool = sidecar.get("source") == job.fingerprint(Contents(job.record))
         return same
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UserError):
         return False
 
 
@@ -460,7 +460,7 @@ def _rows(
 
 def _sidecars(jobs: list[_Job]) -> Iterator[dict[str, Any]]:
     """One after the other, read again for each use: those of a large split do not fit into memory together."""
-    return (json.loads(job.sidecar.read_text(encoding="utf-8")) for job in jobs)
+    return (read_sidecar(job.sidecar) for job in jobs)
 
 
 def _faults(spec: CorpusSpec, split: str, jobs: list[_Job]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from jointfuse.errors import UserError
+from jointfuse.files import put_in_place
 from jointfuse.lock import locked
 from jointfuse.patience import PATIENCE, Away, patiently
 
@@ -98,7 +99,7 @@ class ShardCache:
             try:
                 self._reserve(size, part)
                 _download(url, part, size, shard["sha256"])
-                part.replace(path)
+                put_in_place(part, path)
             except _AnotherFile:
                 wrong += 1
                 if wrong > 1:

@@ -58,5 +58,8 @@ class Weights:
         return len(self.split)
 
     def __getitem__(self, ids: np.ndarray) -> np.ndarray:
-        part = self.split.part_of(ids) if isinstance(self.split, MixedSplit) else 0
-        return self.of_label[part, self.split.index["label"][ids]]
+        labels = self.split.index["label"][ids]
+        if isinstance(self.split, MixedSplit):
+            return self.of_label[self.split.part_of(ids), labels]
+        self.split.check_labels(labels)
+        return self.of_label[0, labels]

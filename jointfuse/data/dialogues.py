@@ -38,6 +38,7 @@ class DialogueReader:
 
     def __init__(self, utterances: UtteranceReader) -> None:
         self.utterances = utterances
+        utterances.split.check_index()
         index = utterances.split.index
         begins = np.flatnonzero(np.diff(index["dialogue"].astype(np.int64), prepend=-1))
         self.first = begins  # (dialogues,) the first utterance of each

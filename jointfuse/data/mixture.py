@@ -42,6 +42,7 @@ class MixedSplit:
     def __init__(self, name: str, parts: Sequence[tuple[Split, Part]], labels: Sequence[str]) -> None:
         self.name, self.splits = name, [split for split, _ in parts]
         self.folder = " + ".join(str(split.folder) for split in self.splits)
+        self.check_index()
         self._parts = [part for _, part in parts]
         self._kept = [np.flatnonzero(part.renamed(split.index["label"]) != UNLABELLED) for split, part in parts]
         self._starts = np.cumsum([0, *map(len, self._kept)])
@@ -77,6 +78,11 @@ class MixedSplit:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def check_index(self) -> None:
+        """As `Split.check_index`, of every corpus's split."""
+        for split in self.splits:
+            split.check_index()
 
     def part_of(self, ids: np.ndarray) -> np.ndarray:
         """(n,) -> (n,): the number of the corpus that each utterance is of."""

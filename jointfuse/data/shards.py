@@ -16,6 +16,7 @@ import io
 import json
 import os
 import tarfile
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,16 +28,19 @@ import numpy as np
 import soundfile
 
 from jointfuse.data.cache import ShardCache
-from jointfuse.data.index import FORMAT, INDEX_DTYPE, UNLABELLED
+from jointfuse.data.checks import contradictions, index_fault, row_fault
+from jointfuse.data.index import INDEX_DTYPE, UNLABELLED
 from jointfuse.data.mel import SAMPLE_RATE, MelSums
+from jointfuse.data.records import CheckedSidecar, CorpusRecord, Meta
 from jointfuse.data.sound import reason
 from jointfuse.data.texts import last_text, most_bytes_of
 from jointfuse.errors import PassingFault, UserError
-from jointfuse.files import replacing
+from jointfuse.files import parse_json, read_json, replacing
 from jointfuse.patience import PATIENCE, patiently
 
 OPEN_TARS = 64  # kept open by one Split in one process
 SIDECARS_KEPT = 8
+AGAIN = "copy the corpus again or build it again"
 
 
 @dataclass(frozen=True)
@@ -155,12 +159,7 @@ class _Handle:
 
 def read_sidecar(path: Path, patience: float = PATIENCE) -> dict[str, Any]:
     """A shard's sidecar. Raises UserError, PassingFault."""
-    try:
-        content: dict[str, Any] = json.loads(patiently(path.read_bytes, str(path), patience))
-        content["samples"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: the shard's sidecar cannot be read ({error}); build the corpus again") from error
-    return content
+    return dict(read_json(path, CheckedSidecar, AGAIN, patience))
 
 
 def decode_flac(data: bytes) -> np.ndarray:
@@ -169,6 +168,8 @@ def decode_flac(data: bytes) -> np.ndarray:
         waveform, rate = soundfile.read(io.BytesIO(data), dtype="int16")
     except soundfile.SoundFileError as error:
         raise ValueError(f"its audio does not decode ({reason(error)})") from error
+    except MemoryError as error:
+        raise ValueError("its audio does not decode (its header promises more than fits into memory)") from error
     if rate != SAMPLE_RATE or waveform.ndim != 1:
         raise ValueError(f"its audio is not {SAMPLE_RATE} Hz mono")
     if waveform.size == 0:
@@ -224,22 +225,23 @@ def parse_utterance(data: bytes, audio: bool = True) -> Utterance:
     """One sample's bytes, tar headers included, decoded. Raises ValueError saying what is wrong with them."""
     key, members = _members(data)
     clip = members.get("flac") if audio else None
+    for needed in ("json", "txt"):
+        if needed not in members:
+            raise ValueError(f"'{needed}' is missing")
     try:
-        meta = json.loads(members["json"])
-        return Utterance(
-            key=key,
-            text=members["txt"].decode(),
-            waveform=None if clip is None else decode_flac(clip),
-            label=UNLABELLED if meta["label"] is None else int(meta["label"]),
-            speaker=meta["speaker"],
-            dialogue=meta["dialogue"],
-            turn=int(meta["turn"]),
-            meta=meta,
-        )
-    except KeyError as error:
-        raise ValueError(f"{error} is missing") from error
-    except TypeError as error:
+        meta = parse_json(members["json"], Meta)
+    except ValueError as error:
         raise ValueError(f"its JSON is not as it should be: {error}") from error
+    return Utterance(
+        key=key,
+        text=members["txt"].decode(),
+        waveform=None if clip is None else decode_flac(clip),
+        label=UNLABELLED if meta["label"] is None else meta["label"],
+        speaker=meta["speaker"],
+        dialogue=meta["dialogue"],
+        turn=meta["turn"],
+        meta=dict(meta),
+    )
 
 
 class Split:
@@ -250,11 +252,14 @@ class Split:
         corpus: Path,
         name: str,
         info: dict[str, Any],
+        speakers: int,
         cache: ShardCache | None = None,
         patience: float = PATIENCE,
     ) -> None:
-        self.corpus, self.name, self.info, self.cache, self.patience = corpus, name, info, cache, patience
+        self.corpus, self.name, self.info, self.speakers = corpus, name, info, speakers
+        self.cache, self.patience = cache, patience
         self.folder = corpus / name
+        self.labels = len(info["label_counts"])
         self.shards = [self.folder / shard["name"] for shard in info["shards"]]
         self.shard_sizes: list[int] = [shard["samples"] for shard in info["shards"]]
         self._first = [0, *accumulate(self.shard_sizes)]  # sample of each shard
@@ -273,23 +278,40 @@ class Split:
     def index(self) -> np.ndarray:
         """(samples,) of INDEX_DTYPE, memory-mapped."""
         if self._index is None:
-            path = self.folder / "index.bin"
-            try:
-                # As a plain array: a memmap takes four times as long to name an entry.
-                mapped = patiently(lambda: np.memmap(path, dtype=INDEX_DTYPE, mode="r"), str(path), self.patience)
-                index = mapped.view(np.ndarray)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: the index cannot be read ({error}); build the corpus again") from error
-            if len(index) != len(self):
-                raise UserError(f"{path}: {len(index)} entries, corpus.json says {len(self)}; build the corpus again")
-            self._index = index
+            self._index = self.open_index()
         return self._index
+
+    def open_index(self) -> np.ndarray:
+        """Map the index, without reading it. Raises UserError where it is missing or of another length."""
+        path = self.folder / "index.bin"
+        try:
+            # As a plain array: a memmap takes four times as long to name an entry.
+            mapped = patiently(lambda: np.memmap(path, dtype=INDEX_DTYPE, mode="r"), str(path), self.patience)
+            index = mapped.view(np.ndarray)
+        except OSError as error:
+            raise UserError(f"{path}: the index cannot be read ({error.strerror}); {AGAIN}") from error
+        except ValueError as error:
+            raise UserError(f"{path}: the index is empty or cut off within an entry; {AGAIN}") from error
+        if len(index) != len(self):
+            raise UserError(f"{path}: {len(index)} entries, corpus.json says {len(self)}; {AGAIN}")
+        return index
+
+    def check_index(self) -> None:
+        """Look at every entry of the index, for whoever reads all of them anyway. Raises UserError."""
+        if fault := index_fault(self.index, self.info["shards"], self.labels, self.speakers):
+            raise UserError(f"{self.folder / 'index.bin'}: {fault}; {AGAIN}")
+
+    def check_labels(self, labels: np.ndarray) -> None:
+        """Raises UserError where a label of the index, (n,), is none of the corpus."""
+        if (wrong := (labels >= self.labels) & (labels != UNLABELLED)).any():
+            label = int(labels[wrong.argmax()])
+            raise UserError(f"{self.folder / 'index.bin'}: label {label} of {self.labels}; {AGAIN}")
 
     def sample(self, i: int, audio: bool = True) -> Utterance:
         """Sample `i`, its clip decoded if `audio`. Raises UserError with shard, key and offset if it is damaged."""
         data = self.read(i)
         try:
-            return parse_utterance(data, audio)
+            return self._parsed(i, data, audio)
         except ValueError as error:
             if not self.cache:
                 raise self._damaged(i, str(error)) from error
@@ -297,7 +319,7 @@ class Split:
         self.cache.drop(self.info["shards"][int(self.index[i]["shard"])])
         data = self.read(i)
         try:
-            return parse_utterance(data, audio)
+            return self._parsed(i, data, audio)
         except ValueError as error:
             raise self._damaged(i, str(error)) from error
 
@@ -309,6 +331,12 @@ class Split:
             return ""
         text = last_text(self.read(i, last=most_bytes_of(characters)), characters)
         return self.sample(i, audio=False).text if text is None else text
+
+    def _parsed(self, i: int, data: bytes, audio: bool) -> Utterance:
+        utterance = parse_utterance(data, audio)
+        if utterance.label != (label := int(self.index[i]["label"])):
+            raise ValueError(f"its label is {utterance.label}, index.bin says {label}")
+        return utterance
 
     def turns_before(self, i: int, number: int) -> list[Utterance]:
         """Up to so many turns before sample `i` in its dialogue, in order, without their clips."""
@@ -335,13 +363,16 @@ class Split:
 
     def key(self, i: int) -> str:
         """Sample `i`'s key, from the shard's sidecar."""
-        shard = int(self.index[i]["shard"])
+        shard = bisect_right(self._first, i % len(self)) - 1
         keys = self._keys.get(shard)
         if keys is None:
             if len(self._keys) >= SIDECARS_KEPT:
                 self._keys.clear()
             sidecar = read_sidecar(self.shards[shard].with_suffix(".json"), self.patience)
             keys = self._keys[shard] = [sample["key"] for sample in sidecar["samples"]]
+            if len(keys) != self.shard_sizes[shard]:
+                path, wanted = self.shards[shard].with_suffix(".json"), self.shard_sizes[shard]
+                raise UserError(f"{path}: {len(keys)} samples, corpus.json says {wanted}; {AGAIN}")
         return keys[i % len(self) - self._first[shard]]
 
     def read(self, i: int, last: int | None = None) -> bytes:
@@ -351,7 +382,7 @@ class Split:
             UserError: with shard, key and offset.
             PassingFault: the tar was away for too long.
         """
-        shard, offset, size, *_ = self.index[i].item()
+        shard, offset, size = self._place(i)
         if last is not None and last < size:
             offset, size = offset + size - last, last
 
@@ -371,13 +402,24 @@ class Split:
             raise self._damaged(i, f"the file ends {size - len(data)} bytes early")
         return data
 
+    def _place(self, i: int) -> tuple[int, int, int]:
+        """Shard, offset and size of sample `i`. Raises UserError where the index points out of its tars."""
+        entry = self.index[i]
+        shard, offset, size, _, _, label, *_ = entry.item()
+        sound = shard < len(self.shards) and offset + size <= self.info["shards"][shard]["bytes"]
+        if not sound or not (label < self.labels or label == UNLABELLED):
+            every = np.array([one["bytes"] for one in self.info["shards"]], dtype=np.uint64)
+            fault = row_fault(np.array([entry]), i % len(self), every, self.labels)
+            raise UserError(f"{self.folder / 'index.bin'}: {fault}; {AGAIN}")
+        return shard, offset, size
+
     def read_ahead(self, ids: Sequence[int]) -> None:
         """Have the system fetch, all at once and in the order of the disk, what `read` is going to be asked for."""
         if self.cache or not hasattr(os, "posix_fadvise"):
             return
         for i in sorted(ids):
-            shard, offset, size, *_ = self.index[i].item()
-            with suppress(OSError):  # reading it names what is wrong
+            with suppress(OSError, UserError):  # reading it names what is wrong
+                shard, offset, size = self._place(i)
                 os.posix_fadvise(self._opened(shard).descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def _opened(self, shard: int) -> _Handle:
@@ -452,7 +494,7 @@ class Corpus:
         """Open the corpus in folder `path`.
 
         Args:
-            check_sizes: look at every shard's size, without reading it.
+            check_sizes: see that its counts add up and look at every shard's size, without reading it.
             cache: where the shards come from when they are not in that folder; no sizes are looked at then.
             patience: seconds for a disk that is away to come back.
 
@@ -468,28 +510,19 @@ class Corpus:
                 f"{path}: no corpus.json, so this is no corpus or its building never ended; "
                 "run the `tools/build_shards.py` command that makes it (again)"
             )
-        try:
-            info = json.loads(patiently(file.read_bytes, str(file), patience))
-            found = info.get("format")
-            if found != FORMAT:
-                raise UserError(f"{file}: format {found}, this version reads format {FORMAT}; build the corpus again")
-            corpus = cls(path, info, cache, patience)
-            for split, content in info["splits"].items():
-                if any(Path(name).name != name for name in (split, *(shard["name"] for shard in content["shards"]))):
-                    raise UserError(f"{file}: names a shard outside its folder; do not trust this corpus")
-            if check_sizes and not cache:
+        corpus = cls(path, dict(read_json(file, CorpusRecord, AGAIN, patience)), cache, patience)
+        if check_sizes:
+            for contradiction in contradictions(corpus.info):
+                raise UserError(f"{file}: {contradiction}; {AGAIN}")
+            if not cache:
                 corpus._check_sizes()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{file}: not a corpus description ({error!r}); build the corpus again") from error
         return corpus
 
     def split(self, name: str) -> Split:
         """The split called `name`. Raises UserError with the names there are."""
         if name not in self.info["splits"]:
             raise UserError(f"{self.path}: no split {name!r}; there are {', '.join(self.splits)}")
-        return Split(self.path, name, self.info["splits"][name], self.cache, self.patience)
+        return Split(self.path, name, self.info["splits"][name], len(self.speakers), self.cache, self.patience)
 
     def _check_sizes(self) -> None:
         for split, info in self.info["splits"].items():
@@ -498,9 +531,8 @@ class Corpus:
                 try:
                     size = patiently(path.stat, str(path), self.patience).st_size
                 except OSError as error:
-                    raise UserError(f"{path}: {error.strerror}; copy the corpus again or build it again") from error
+                    raise UserError(f"{path}: {error.strerror}; {AGAIN}") from error
                 if size != shard["bytes"]:
                     raise UserError(
-                        f"{path}: {size} bytes, corpus.json says {shard['bytes']}: truncated or replaced; "
-                        "copy the corpus again or build it again"
+                        f"{path}: {size} bytes, corpus.json says {shard['bytes']}: truncated or replaced; {AGAIN}"
                     )

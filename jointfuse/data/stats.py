@@ -5,6 +5,7 @@ Everything but the names comes from corpus.json and the memory-mapped indexes; n
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,6 +16,7 @@ from rich.table import Table
 from jointfuse.data.fonts import lettering
 from jointfuse.data.index import UNLABELLED
 from jointfuse.data.shards import Corpus, Split
+from jointfuse.files import replacing
 
 COLOURS = ("#33658a", "#f26419", "#86bbd8", "#758e4f", "#9b5de5", "#2f4858")  # one a split, in order
 SPEAKERS_SHOWN = 12
@@ -44,6 +46,7 @@ class SplitStats:
 
 def split_stats(split: Split, labels: int, speakers: int) -> SplitStats:
     """Count one split; `labels` and `speakers` are the numbers there are in the corpus."""
+    split.check_index()
     index = split.index
     seconds = index["duration_ms"] / 1000
     labelled = index["label"] != UNLABELLED
@@ -141,7 +144,8 @@ def _plot(corpus: Corpus, stats: list[SplitStats], path: str | os.PathLike[str])
         panel.set_axisbelow(True)
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="upper right", ncols=len(names), frameon=False)
-    figure.savefig(path)
+    with replacing(Path(path)) as file:
+        figure.savefig(file, format="png")
 
 
 def plot_classes(panel: Axes, labels: list[str], stats: list[SplitStats]) -> None:

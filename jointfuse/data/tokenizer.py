@@ -1,13 +1,16 @@
 """From texts to tokens, and the byte-pair tokenizer that text encoders built from scratch learn from a corpus."""
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import RobertaProcessing
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jointfuse.data.mixture import AnySplit
 from jointfuse.errors import UserError
+from jointfuse.files import naming, replace_folder
 
 
 def train_tokenizer(split: AnySplit, vocabulary: int, unreadable: list[str] | None = None) -> PreTrainedTokenizerBase:
@@ -72,3 +75,30 @@ def _spelt(tokenizer: PreTrainedTokenizerBase, text: str, longest: int | None, c
     if longest is None:
         return tokens
     return [tokenizer.cls_token_id, *tokens[: longest - 2], tokenizer.sep_token_id]
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer as a folder, which is there whole or not at all. Raises OSError."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with naming(partial):
+        tokenizer.save_pretrained(partial)
+    replace_folder(partial, folder)
+
+
+def read_tokenizer(folder: Path, way_out: str) -> PreTrainedTokenizerBase:
+    """What `write_tokenizer` wrote. Raises UserError, which ends with `way_out`."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: missing; {way_out}")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer("a text")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # transformers raises kinds of its own, and what panics in Rust is no Exception
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{folder}: damaged ({reason}); {way_out}") from error
+    missing = [name for name in ("pad", "cls", "sep") if getattr(tokenizer, f"{name}_token_id") is None]
+    if missing:
+        raise UserError(f"{folder}: damaged, it has no {missing[0]} token; {way_out}")
+    return tokenizer

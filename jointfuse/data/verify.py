@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jointfuse.data.checks import contradictions
 from jointfuse.data.index import INDEX_DTYPE, UNLABELLED, index_rows, mel_statistics, split_record
 from jointfuse.data.mel import SAMPLE_RATE
 from jointfuse.data.observe import (
@@ -86,6 +87,7 @@ def verify(path: str | Path, workers: int | None = None) -> Report:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     faults = [f"{corpus.path / 'corpus.json'}: {fault}" for fault in not_numbers(corpus.info)]
+    faults += [f"{corpus.path / 'corpus.json'}: {line}" for line in contradictions(corpus.info)]
     observations = Observations()
     for split in corpus.splits:
         for shard in corpus.info["splits"][split]["shards"]:
@@ -144,7 +146,6 @@ def _check_shard(path: Path, recorded: dict[str, Any], labels: list[str]) -> _Ch
                 if entry["offset"] != end:
                     faults.append(f"{place} at byte {entry['offset']}: the sample before ends at byte {end}")
                 end = entry["offset"] + entry["size"]
-                tar.seek(entry["offset"])
                 for kind, line in known.get(entry["key"], {}).items():
                     observations.note(kind, f"{place}: {line}")
                 digests[number]["key"] = digest(entry["key"].encode())
@@ -153,7 +154,9 @@ def _check_shard(path: Path, recorded: dict[str, Any], labels: list[str]) -> _Ch
                     turns = f"turn {entry['turn']} after turn {last['turn']}"
                     faults.append(f"{path}: dialogue {entry['dialogue']!r} has {turns}")
                 last = entry
-                utterance, wrong = _check_sample(tar.read(entry["size"]), entry, labels)
+                begin = tar.seek(min(entry["offset"], size))
+                data = tar.read(min(entry["size"], size - begin))
+                utterance, wrong = _check_sample(data, entry, labels)
                 faults += [f"{place} at byte {entry['offset']}: {fault}" for fault in wrong]
                 if utterance is not None:
                     same = before if before and before.dialogue == utterance.dialogue else None
@@ -168,7 +171,7 @@ def _check_shard(path: Path, recorded: dict[str, Any], labels: list[str]) -> _Ch
                 before = utterance
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 faults.append(f"{path}: a sidecar entry is not as it should be ({error!r})")
-        tar.seek(end)
+        tar.seek(min(end, size))
         if tar.read().strip(b"\0"):
             faults.append(f"{path}: data that the sidecar does not know after byte {end}")
     return _Checked(faults, observations, digests)

@@ -17,7 +17,7 @@ from jointfuse.evaluate.metrics import Predictions, score, score_table
 from jointfuse.evaluate.predict import predict
 from jointfuse.evaluate.report import Hard, hardest, write_report
 from jointfuse.evaluate.scored import Scored, open_scored
-from jointfuse.files import read_yaml
+from jointfuse.files import former, read_yaml
 from jointfuse.losses.gather import group_rank
 from jointfuse.model.export import load_model
 
@@ -45,7 +45,7 @@ def evaluate_run(
         UserError: no chosen model, no such split, a corpus with a label that the model does not know, or an override
             that is not allowed.
     """
-    if not (run / "best").is_dir():
+    if not (run / "best").is_dir() and not former(run / "best").is_dir():
         raise UserError(f"{run}: no chosen model here (RUN/best is missing); train first, or name another run folder")
     model = load_model(run / "best")
     scored = open_scored(model.config, model.labels, model.info.get("corpus"), corpus_path, overrides)

@@ -8,8 +8,9 @@ from pydantic import BaseModel
 from jointfuse.config import Config, changed_keys, validate
 from jointfuse.errors import UserError
 from jointfuse.files import read_json, read_yaml
-from jointfuse.train.checkpoint import FREE, latest_checkpoint
+from jointfuse.train.checkpoint import FREE
 from jointfuse.train.deepspeed_file import read_deepspeed_file
+from jointfuse.train.whole import latest_checkpoint
 
 # Settings that a run may change while it goes on, and that decide which model comes out of it.
 DECIDING = {"train.steps", "train.epochs", "train.evaluate_every", "train.patience"}

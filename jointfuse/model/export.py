@@ -5,22 +5,47 @@ FOLDER/model.json          settings, labels, backbones, mel statistics
 FOLDER/tokenizer/          where the model reads text
 """
 
+import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import torch
+from pydantic import AfterValidator, Field
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
 from jointfuse.config import Config, validate
+from jointfuse.data.records import Mel, checked
+from jointfuse.data.tokenizer import read_tokenizer, write_tokenizer
 from jointfuse.errors import UserError
+from jointfuse.files import former, naming, read_json, replace_folder, write_json
 from jointfuse.model.network import Network
 
 FORMAT = 1
+AGAIN = "copy the folder again or export the model again"
+
+
+def _readable(format: int) -> int:
+    if format != FORMAT:
+        raise ValueError(f"format {format}, this version reads format {FORMAT}")
+    return format
+
+
+@checked
+class Description(TypedDict):
+    """model.json. `digests` are missing from what the first versions wrote."""
+
+    format: Annotated[int, AfterValidator(_readable)]
+    config: dict[str, Any]
+    labels: Annotated[list[str], Field(min_length=1)]
+    mel: Mel
+    backbones: dict[str, dict[str, Any]]
+    info: dict[str, Any]
+    digests: NotRequired[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -50,9 +75,10 @@ def save_model(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(state, partial / "model.safetensors")
+    with naming(partial / "model.safetensors"):
+        save_file(state, partial / "model.safetensors")
     if tokenizer is not None:
-        tokenizer.save_pretrained(partial / "tokenizer")
+        write_tokenizer(tokenizer, partial / "tokenizer")
     description = {
         "format": FORMAT,
         "config": config.model_dump(mode="json"),
@@ -61,13 +87,8 @@ def save_model(
         "backbones": network.descriptions,
         "info": info,
     }
-    (partial / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    write_json(partial / "model.json", description | {"digests": _digests(description, partial)})
+    replace_folder(partial, folder)
 
 
 def load_model(folder: Path) -> Exported:
@@ -76,7 +97,7 @@ def load_model(folder: Path) -> Exported:
     Raises:
         UserError: the folder holds no model, or one that this version cannot read.
     """
-    description = _read_description(folder)
+    folder, description, state = _read_whole(folder)
     config = validate(description["config"], str(folder / "model.json"))
     network = Network(
         config.model,
@@ -85,12 +106,11 @@ def load_model(folder: Path) -> Exported:
         config.data.max_seconds,
         descriptions=description["backbones"],
     )
-    state = _read_weights(folder)
     try:
         network.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     except RuntimeError as error:
         raise UserError(f"{folder}: model.safetensors does not fit model.json; export the model again") from error
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer") if network.reads_text else None
+    tokenizer = read_tokenizer(folder / "tokenizer", AGAIN) if network.reads_text else None
     mel = description["mel"]
     return Exported(
         network.eval(), config, description["labels"], mel["mean"], mel["deviation"], tokenizer, description["info"]
@@ -102,7 +122,7 @@ def exported_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     _read_description(folder)
     if not (folder / "tokenizer").is_dir():
         raise UserError(f"train.init_from: {folder} has no tokenizer, so that model reads no text; name another")
-    return AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return read_tokenizer(folder / "tokenizer", AGAIN)
 
 
 def exported_mel(folder: Path) -> tuple[float, float]:
@@ -120,8 +140,8 @@ def initialise(network: Network, folder: Path, labels: list[str]) -> list[str]:
     Raises:
         UserError: the export has other parts or other shapes.
     """
-    known: list[str] = _read_description(folder)["labels"]
-    state = _read_weights(folder)
+    folder, description, state = _read_whole(folder)
+    known: list[str] = description["labels"]
     own = network.state_dict()
     shared = [label for label in labels if label in known]
     rows, theirs = ([names.index(label) for label in shared] for names in (labels, known))
@@ -140,17 +160,46 @@ def initialise(network: Network, folder: Path, labels: list[str]) -> list[str]:
     return [label for label in labels if label not in known]
 
 
+def _read_whole(folder: Path) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:
+    """Where a model is at this instant, its description, and the weights that belong to it. Raises UserError."""
+    place = former(folder) if former(folder).exists() and not folder.exists() else folder
+    before = place.stat().st_ino if place.exists() else None
+    try:
+        description, state = _read_description(place), _read_weights(place)
+        validate(description["config"], str(place / "model.json"), AGAIN)
+        _check_digests(place, description)
+    except UserError:
+        if folder.exists() and folder.stat().st_ino != before:  # a training has put a better one there meanwhile
+            return _read_whole(folder)
+        raise
+    return place, description, state
+
+
+def _check_digests(folder: Path, description: dict[str, Any]) -> None:
+    written = description.get("digests")
+    if written is None:
+        return
+    for name, digest in _digests(description, folder).items():
+        if written.get(name) != digest:
+            raise UserError(f"{folder / name}: damaged, changed since the model was exported; {AGAIN}")
+
+
+def _digests(description: dict[str, Any], folder: Path) -> dict[str, str]:
+    """SHA-256 of the weights, and of what must be as it was for them to mean the same."""
+    config = description["config"]
+    read = [config["model"], *(config.get("data", {}).get(key) for key in ("max_tokens", "max_seconds"))]
+    text = json.dumps([*read, *(description[key] for key in ("labels", "mel", "backbones"))])
+    decisive = json.dumps(json.loads(text), sort_keys=True).encode()
+    with (folder / "model.safetensors").open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"model.json": hashlib.sha256(decisive).hexdigest(), "model.safetensors": weights}
+
+
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / "model.json"
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: no exported model here (model.json is missing); name a RUN/best folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged, not valid JSON; export the model again") from error
-    if description.get("format") != FORMAT:
-        raise UserError(f"{path}: format {description.get('format')}, this version reads format {FORMAT}")
-    return description
+    if not path.exists():
+        raise UserError(f"{folder}: no exported model here (model.json is missing); name a RUN/best folder")
+    return dict(read_json(path, Description, AGAIN))
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -158,6 +207,6 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: missing; export the model again") from error
+        raise UserError(f"{path}: missing; {AGAIN}") from error
     except Exception as error:  # safetensors raises a type of its own
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}); export the model again") from error
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}); {AGAIN}") from error

@@ -4,22 +4,21 @@ RUN/checkpoints/step-00000120/   DeepSpeed's state, position.json, config.yaml
 RUN/checkpoints/latest           the name of the newest complete one
 """
 
-import json
-import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from jointfuse.config import Config, changed_keys, validate
+from jointfuse.config import Config, changed_keys
 from jointfuse.data.mixture import AnyCorpus, corpus_digest
 from jointfuse.errors import UserError
-from jointfuse.files import read_yaml, write_json, write_text
+from jointfuse.files import replace_folder, write_json, write_text
 from jointfuse.train.deepspeed_file import read_deepspeed_file
 from jointfuse.train.engine import Layout, layout
 from jointfuse.train.resize import check_resize, load_resized
+from jointfuse.train.whole import Position, read_position, read_settings
 from jointfuse.train.writer import Writer
 
 # Settings that may differ between a checkpoint and the run that resumes it: none of them changes a
@@ -31,6 +30,7 @@ FREE = {
     "data.remote",
     "data.cache",
     "data.cache_gib",
+    "data.verify",
     "data.on_error",
     "data.patience",
     "data.most_skipped",
@@ -50,30 +50,6 @@ FREE = {
 LENGTHS = ("train.epochs", "train.steps")  # may grow
 
 
-@dataclass
-class Position:
-    """Where a run stands. The order of utterances and the learning rate follow from it."""
-
-    epoch: int = 0
-    batch: int = 0  # batches of this epoch that are done
-    step: int = 0
-    best_score: float = -1.0
-    best_step: int = -1
-    evaluations_without_better: int = 0
-    steps: int = 0  # of the whole run, as it was to be; 0: an older checkpoint, which does not say
-    warmup: int = 0  # steps of it, of the length that the run began with
-    world_size: int = 1  # this and the next three: the layout of DeepSpeed's files
-    stage: int = 0
-    precision: str = "float32"
-    files: str = ""
-    corpus: str = ""  # digest of corpus.json: the order of utterances is a function of the corpus, wherever it lies
-    mel: list[float] | None = None  # mean and deviation, where they are not the corpus's own
-
-    @property
-    def layout(self) -> Layout:
-        return Layout(self.world_size, self.stage, self.precision, self.files)
-
-
 class Checkpoints:
     """The checkpoints that a run writes; every rank calls every method.
 
@@ -88,7 +64,7 @@ class Checkpoints:
         self.first = dist.get_rank() == 0
         self._begun: str | None = None
         if self.first:
-            for partial in self.folder.glob(".step-*.partial"):  # of a run that died while it saved
+            for partial in self.folder.glob(".step-*"):  # of a run that died while it saved
                 shutil.rmtree(partial, ignore_errors=True)
 
     def save(self, position: Position) -> None:
@@ -122,24 +98,15 @@ class Checkpoints:
         dist.barrier()
         name, self._begun = self._begun, None
         if self.first:
-            shutil.rmtree(self.folder / name, ignore_errors=True)  # of steps that a resumed run does again
-            os.replace(self.folder / f".{name}.partial", self.folder / name)
+            replace_folder(self.folder / f".{name}.partial", self.folder / name)
             write_text(self.folder / "latest", name + "\n")
-            for old in sorted(self.folder.glob("step-*"))[: -self.config.train.keep_checkpoints]:
-                shutil.rmtree(old)
+            # Later ones are of steps that a run does again: it went on from before them, since they were damaged.
+            there = sorted(self.folder.glob("step-*"))
+            kept = [path for path in there if path.name <= name][-self.config.train.keep_checkpoints :]
+            for other in there:
+                if other not in kept:
+                    shutil.rmtree(other)
         dist.barrier()
-
-
-def latest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, None where it has none."""
-    try:
-        name = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return None
-    folder = run / "checkpoints" / name
-    if not (folder / "position.json").exists():
-        raise UserError(f"{run / 'checkpoints' / 'latest'} names {name}, which is not there; start a new run")
-    return folder
 
 
 def check_resumable(checkpoint: Path, config: Config, world_size: int, corpus: AnyCorpus) -> Position:
@@ -149,10 +116,7 @@ def check_resumable(checkpoint: Path, config: Config, world_size: int, corpus: A
         UserError: the checkpoint was written under other settings or on another corpus, or it cannot be converted to
             the layout of this run.
     """
-    written = validate(
-        read_yaml(checkpoint / "config.yaml", "resume from another checkpoint of the run"),
-        str(checkpoint / "config.yaml"),
-    )
+    written = read_settings(checkpoint)
     changed = {key: values for key, values in changed_keys(written, config).items() if not _may_change(key, *values)}
     if changed:
         each = "; ".join(f"{key} = {old!r} there, {new!r} here" for key, (old, new) in changed.items())
@@ -161,7 +125,7 @@ def check_resumable(checkpoint: Path, config: Config, world_size: int, corpus: A
             f"{checkpoint} was written with other settings: {each}{longer}; resume with the settings of the run "
             f"(--recipe {checkpoint.parents[1] / 'config.yaml'}), or start a new run"
         )
-    position = Position(**json.loads((checkpoint / "position.json").read_text(encoding="utf-8")))
+    position = read_position(checkpoint)
     if not position.steps:
         train = written.train
         epochs = (train.epochs or 0) * -(-len(corpus.split("train")) // train.batch)

@@ -22,6 +22,7 @@ from jointfuse.data.mixture import MixedSplit, corpus_digest, open_for_training
 from jointfuse.data.plan import Plan
 from jointfuse.data.reader import UtteranceReader
 from jointfuse.data.stream import stream
+from jointfuse.data.tokenizer import write_tokenizer
 from jointfuse.errors import UserError
 from jointfuse.evaluate.metrics import HEADLINES, score
 from jointfuse.evaluate.predict import predict
@@ -29,9 +30,7 @@ from jointfuse.model.export import initialise, save_model
 from jointfuse.model.network import Network
 from jointfuse.train.checkpoint import (
     Checkpoints,
-    Position,
     check_resumable,
-    latest_checkpoint,
     load_checkpoint,
 )
 from jointfuse.train.deepspeed_file import read_deepspeed_file, slow_precision
@@ -44,6 +43,7 @@ from jointfuse.train.engine import (
     start_engine,
 )
 from jointfuse.train.hold import Hold
+from jointfuse.train.intact import check_data
 from jointfuse.train.objective import Objective
 from jointfuse.train.pool import pool_step
 from jointfuse.train.progress import Display, peak_memory
@@ -64,6 +64,7 @@ from jointfuse.train.schedule import describe_longer, lr_factor
 from jointfuse.train.start import splits_read, starting_mel, starting_tokenizer
 from jointfuse.train.vote import Vote
 from jointfuse.train.watchdog import Watchdog
+from jointfuse.train.whole import Position, agreed_checkpoint
 
 
 class Trainer:
@@ -97,7 +98,7 @@ class Trainer:
         self.file = read_deepspeed_file(settings)
         self.layout = layout(self.file, self.world_size)
         check_compile(settings, self.layout.stage)
-        checkpoint = latest_checkpoint(run) if resume else None
+        checkpoint, self.damaged = agreed_checkpoint(run) if resume else (None, [])
         self.corpus = open_for_training(config.data)
         self.position = Position(corpus=corpus_digest(self.corpus), **asdict(self.layout))
         if checkpoint:
@@ -106,6 +107,7 @@ class Trainer:
             self.position.mel = list(starting_mel(config, self.corpus))
         mean, deviation = self.position.mel or (self.corpus.mel_mean, self.corpus.mel_deviation)
         self.mel = (mean, deviation)
+        check_data(self.corpus, splits_read(config, self.corpus), config.data.verify)
         torch.manual_seed(settings.seed)
         self.tokenizer, self.unread_texts = starting_tokenizer(config, run, self.corpus)
         network = Network(
@@ -129,19 +131,19 @@ class Trainer:
         if "temperature" in settings.freeze and objective.trained_temperature is not None:
             objective.trained_temperature.requires_grad_(False)
         self.engine = start_engine(objective, config, self.division)
-        dist.barrier()  # every rank has looked at the folder before rank 0 writes to it
+        self.base_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
+        if checkpoint:
+            load_checkpoint(self.engine, checkpoint, self.position.layout, self.layout)
+        dist.barrier()  # every rank has what it needs before rank 0 writes to the folder
         if self.rank == 0:
             if hold:
                 hold.take()
             create_run_folder(run, config, self.world_size)
             if self.tokenizer:
-                self.tokenizer.save_pretrained(run / "tokenizer")
+                write_tokenizer(self.tokenizer, run / "tokenizer")
             note(run / SKIPPED, [{"step": 0, "rank": 0, "why": why} for why in self.unread_texts])
-        self.base_rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.device = self.engine.device
         self.waited = Waited()
-        if checkpoint:
-            load_checkpoint(self.engine, checkpoint, self.position.layout, self.layout)
         self.resumed_from, self.steps_before = self.position.layout, self.position.steps
         warmup = self.position.warmup if checkpoint else round(settings.warmup * self.steps)
         self.position = replace(self.position, steps=self.steps, warmup=warmup, **asdict(self.layout))
@@ -404,6 +406,8 @@ class Trainer:
             )
         if slow := slow_precision(self.file, self.device.type):
             self.display.line(slow)
+        for fault in self.damaged:
+            self.display.line(f"{fault}; the newest checkpoint that is whole is of step {position.step}")
         if position.step:
             self.display.line(
                 f"resumed at step {position.step} (epoch {position.epoch + 1}, batch {position.batch})"

@@ -7,7 +7,7 @@ everything twice, in files by parameter and rank, and loads neither between {1, 
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,26 @@ def load_resized(engine: Any, checkpoint: Path, before: Layout) -> None:
 # ---------------------------------------------------------------------------------------------------------- what it was
 
 
+def state_files(checkpoint: Path, before: Layout) -> Iterator[Path]:
+    """DeepSpeed's files of a checkpoint: of the model, then of the optimizer."""
+    yield from _model_files(checkpoint, before)
+    yield from _optimizer_files(checkpoint, before)
+
+
+def _model_files(checkpoint: Path, before: Layout) -> Iterator[Path]:
+    ranks = range(before.world_size) if before.stage == 3 else [None]
+    for rank in ranks:
+        name = "mp_rank_00" if rank is None else f"zero_pp_rank_{rank}_mp_rank_00"
+        yield checkpoint / f"{name}_model_states.pt"
+
+
+def _optimizer_files(checkpoint: Path, before: Layout) -> Iterator[Path]:
+    # BF16_Optimizer, which DeepSpeed takes for stage 1, writes bf16_zero_pp_rank_...
+    prefix = "bf16_" if next(checkpoint.glob("bf16_*"), None) else ""
+    for rank in range(before.world_size if before.stage else 0):
+        yield checkpoint / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
 def _read(path: Path) -> Any:
     """Tensors stay in the file until they are used."""
     return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
@@ -108,18 +128,14 @@ class _Saved:
     """
 
     def __init__(self, checkpoint: Path, before: Layout) -> None:
-        ranks = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(before.world_size)]
-        names = ranks if before.stage == 3 else ["mp_rank_00"]
-        self.models = [_read(checkpoint / f"{name}_model_states.pt") for name in names]
+        self.models = [_read(path) for path in _model_files(checkpoint, before)]
         self.model, self.stage = self.models[0], before.stage
         if before.stage == 0:
             optimizer = self.model["optimizer"]
             adam = optimizer.get("optimizer_state_dict", optimizer)  # in the wrapper of bf16 and fp16
             self.pieces = _whole(self.model["module"], optimizer, adam)
         else:
-            # BF16_Optimizer, which DeepSpeed takes for stage 1, writes bf16_zero_pp_rank_...
-            prefix = "bf16_" if next(checkpoint.glob("bf16_*"), None) else ""
-            shards = [_read(checkpoint / f"{prefix}{name}_optim_states.pt")["optimizer_state_dict"] for name in ranks]
+            shards = [_read(path)["optimizer_state_dict"] for path in _optimizer_files(checkpoint, before)]
             optimizer = shards[0]
             adam = optimizer["optimizer_state_dict" if before.stage == 3 else "base_optimizer_state"]
             self.pieces = _shards(shards, self.model["param_shapes"]) if before.stage == 3 else _partitions(shards)

@@ -25,7 +25,7 @@ import torch
 from jointfuse.config import Config
 from jointfuse.errors import UserError
 from jointfuse.evaluate.history import read_metrics
-from jointfuse.files import read_text, write_json, write_text
+from jointfuse.files import append_text, write_json, write_text
 from jointfuse.train.hold import HOLDER, LOCK, holder_of, is_held
 
 SKIPPED, BROKEN, BATCHES = "skipped.jsonl", "broken.jsonl", "batches"
@@ -34,10 +34,13 @@ RUNNING, FINISHED, STOPPED_EARLY, DIED = "running", "finished", "stopped", "died
 
 def check_run_folder(run: Path, resume: bool) -> None:
     """Raises UserError: a run that exists and is not resumed, or one to resume that does not exist."""
-    exists = (run / "config.yaml").exists()
+    # A run whose config.yaml is gone goes on from a checkpoint, which has its settings.
+    exists = (run / "config.yaml").exists() or any((run / "checkpoints").glob("step-*"))
+    filled = run.exists() and bool({path.name for path in run.iterdir()} - {LOCK, HOLDER})
     if resume and not exists:
-        raise UserError(f"{run}: there is no run to resume here; leave out --resume to start one")
-    if not resume and run.exists() and {path.name for path in run.iterdir()} - {LOCK, HOLDER}:
+        way_out = "choose another folder for a new run" if filled else "leave out --resume to start one"
+        raise UserError(f"{run}: there is no run to resume here; {way_out}")
+    if not resume and filled:
         way_out = "add --resume to go on with it, or choose another folder" if exists else "choose another folder"
         raise UserError(f"{run}: the folder exists and is not empty; {way_out}")
 
@@ -74,7 +77,7 @@ def read_status(run: Path) -> str:
     """
     if not (run / "status").exists():
         return ""
-    status = read_text(run / "status", "train the run again, or resume it").strip()
+    status = (run / "status").read_text(encoding="utf-8", errors="replace").strip()  # damaged, it must not end a resume
     return DIED if status == RUNNING and not is_held(run) else status
 
 
@@ -99,8 +102,7 @@ def note(path: Path, rows: list[dict[str, Any]]) -> None:
     """Every rank adds its own lines; a resumed run may write some a second time."""
     if rows:
         path.parent.mkdir(exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        append_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 class MetricsLog:
@@ -117,8 +119,7 @@ class MetricsLog:
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "step": step} | figures) + "\n")
+        append_text(self.path, json.dumps({"kind": kind, "step": step} | figures) + "\n")
         for name, value in figures.items():
             if isinstance(value, int | float):
                 self.board.add_scalar(f"{kind}/{name}", value, step)

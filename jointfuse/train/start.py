@@ -4,11 +4,11 @@ import hashlib
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from jointfuse.config import Config
 from jointfuse.data.mixture import AnyCorpus
-from jointfuse.data.tokenizer import train_tokenizer
+from jointfuse.data.tokenizer import read_tokenizer, train_tokenizer
 from jointfuse.errors import UserError
 from jointfuse.losses.gather import gather_numbers
 from jointfuse.model.backbones import pretrained_tokenizer
@@ -54,7 +54,7 @@ def starting_tokenizer(
     if config.model.modality == "audio":
         return None, []
     if (run / "tokenizer").exists():
-        return AutoTokenizer.from_pretrained(run / "tokenizer"), []
+        return read_tokenizer(run / "tokenizer", "delete the folder, and it is made again"), []
     if config.train.init_from:
         return exported_tokenizer(Path(config.train.init_from)), []
     if not encoder.scratch:

@@ -3,10 +3,13 @@
 import copy
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from jointfuse.errors import UserError
+from jointfuse.files import naming
 from jointfuse.train.quiet import deepspeed
 
 
@@ -34,7 +37,11 @@ class Writer(deepspeed.runtime.checkpoint_engine.checkpoint_engine.CheckpointEng
 
     def load(self, path: str, map_location: Any = None) -> Any:
         # Only of a run's own folder: see checkpoint.load_checkpoint.
-        return torch.load(path, map_location=map_location, weights_only=False)
+        try:
+            return torch.load(path, map_location=map_location, weights_only=False)
+        except Exception as error:  # unpickling may raise anything
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"{path}: cannot be read ({why}); resume from another checkpoint of the run") from error
 
     def commit(self, info: Any) -> bool:
         return True
@@ -51,14 +58,10 @@ class Writer(deepspeed.runtime.checkpoint_engine.checkpoint_engine.CheckpointEng
 
 
 def _write(state: Any, path: str) -> None:
-    try:
-        with open(path, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or path  # fsync names no file
-        raise
+    with naming(Path(path)), open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _on_host(state: Any, seen: dict[int, Any] | None = None) -> Any:
