@@ -12,19 +12,22 @@ from typing import Any
 import pytest
 import torch
 from fake_gpu import DEVICE, Watched, backward, fake_gpu, kernels_of_attention, on_gpu
+from helpers import model_settings
+from triton.runtime import JITFunction
 from triton.runtime.interpreter import InterpretedFunction
 
 from jointfuse.capacity.corpus import corpus_of
 from jointfuse.capacity.plan import Plan, make_plan
 from jointfuse.capacity.rates import Rates
 from jointfuse.capacity.shapes import objective_of_shapes
-from jointfuse.config import Config, load_config
+from jointfuse.config import Config, LossSettings, load_config
 from jointfuse.data.batch import Batch, HostBatch
 from jointfuse.data.features import FrontEnd, continued_length
 from jointfuse.data.mel import HOP_LENGTH
 from jointfuse.evaluate.predict import judged
 from jointfuse.losses.backends import triton
 from jointfuse.losses.icl import Known, Queue, contrast
+from jointfuse.model.network import Network
 from jointfuse.train.objective import Objective
 from jointfuse.train.pool import pool_step
 
@@ -227,7 +230,9 @@ def test_the_loss_of_a_large_pool_neither_waits_nor_strays(
 ) -> None:
     """The kernels themselves do nothing here; all that torch does around them is done."""
     monkeypatch.setattr(triton, "check", lambda *_: None)
-    monkeypatch.setattr(InterpretedFunction, "__getitem__", lambda *_: lambda *_, **__: None)
+    monkeypatch.setattr(triton, "INTERPRETED", True)
+    for kind in (InterpretedFunction, JITFunction):
+        monkeypatch.setattr(kind, "__getitem__", lambda *_: lambda *_, **__: None)
     rows, width, queue = 1500, 1537, 70
     with fake_gpu():
         features = torch.empty(rows, width, dtype=precision, device=DEVICE, requires_grad=True)
@@ -257,3 +262,17 @@ def test_kernels_of_attention_are_refused_what_torch_refuses_them() -> None:
     assert kernels_of_attention(q[..., :60], q[..., :60], q[..., :60], mask) == set()
     assert kernels_of_attention(q[..., ::8], q[..., ::8], q[..., ::8], mask) == set()
     assert kernels_of_attention(q, q.float(), q, mask) == set()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_heads_of_any_width_get_a_fused_kernel(precision: str) -> None:
+    odd = {"text_encoder__scratch__width": 26, "language__scratch__width": 30, "vision__scratch__width": 10}
+    with torch.device("meta"):
+        network = Network(model_settings(**odd), CLASSES, 48, 6.0, tokenizer_size=300)
+    objective = Objective(network, LossSettings(), 1).to(PRECISIONS[precision]).train()
+    with fake_gpu():
+        on_gpu(objective)
+        micro = moved([host_batch(3, ODD)])
+        with Watched() as watched:
+            step(objective, micro)
+    assert watched.operations["_scaled_dot_product_efficient_attention"]
