@@ -14,6 +14,7 @@ from jointfuse.evaluate.metrics import Predictions, score
 from jointfuse.evaluate.predict import predict
 from jointfuse.evaluate.report import Hard, hardest, write_report
 from jointfuse.files import read_yaml
+from jointfuse.gpu import choose_kernels
 from jointfuse.losses.gather import world_size
 from jointfuse.model.export import load_model
 
@@ -42,7 +43,10 @@ def evaluate_run(run: Path, split_name: str, corpus_path: str | None = None) -> 
         data = data.model_copy(update={"corpus": corpus_path, "mix": [], "remote": "", "cache": ""})
     corpus = open_data(data, model.labels)
     split = corpus.split(split_name)
-    network = model.network.cuda() if torch.cuda.is_available() else model.network
+    network = model.network
+    if torch.cuda.is_available():
+        choose_kernels()
+        network = network.cuda()
     reader = UtteranceReader(split, data, model.tokenizer, network.reads_audio, model.mel_mean, model.mel_deviation)
     predictions = predict(network, reader, data.workers)
     result = score(predictions.labels, predictions.logits.argmax(axis=1), model.labels)
