@@ -9,7 +9,7 @@ import torch
 from helpers import stir
 from transformers import AutoConfig, AutoModel
 
-from jointfuse.model.layers import LANGUAGE_FAMILIES, Layer, language_layers, vision_layers
+from jointfuse.model.layers import LANGUAGE_FAMILIES, Layer, attention_of_any_width, language_layers, vision_layers
 
 WIDTH, HEADS = 12, 3
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -179,3 +179,14 @@ def test_a_layer_is_in_the_mode_of_the_one_it_was_made_of() -> None:
     )
     assert not language_layers(copy.deepcopy(model).eval())[0].training
     assert language_layers(model.train())[0].training
+
+
+def test_attention_over_padded_heads_is_that_over_the_heads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, length, 10, generator=generator, requires_grad=True) for length in (1, 7, 7))
+    mask = torch.arange(7) < torch.tensor([4, 7])[:, None, None, None]
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    padded = attention_of_any_width(q, k, v, mask, 0.0)
+    torch.testing.assert_close(padded, plain)
+    for one, other in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (padded, plain)), strict=True):
+        torch.testing.assert_close(one, other)

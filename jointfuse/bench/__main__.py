@@ -16,7 +16,13 @@ app = typer.Typer(
 
 @app.callback()
 def _commands() -> None:
-    """Each benchmark is a command."""
+    """Each benchmark is a command, and computes as training does."""
+    import torch
+
+    from jointfuse.gpu import choose_kernels
+
+    if torch.cuda.is_available():
+        choose_kernels()
 
 
 @app.command()

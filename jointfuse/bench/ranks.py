@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from jointfuse.files import read_json, write_json
+from jointfuse.gpu import choose_kernels
 from jointfuse.ranks import leave
 
 
@@ -30,6 +31,7 @@ def _rank(rank: int, ranks: int, work: Callable[..., Any], arguments: tuple[Any,
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
+        choose_kernels()
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     backend = "nccl" if torch.cuda.is_available() else "gloo"

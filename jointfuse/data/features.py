@@ -14,7 +14,7 @@ from jointfuse.data.mel import FFT_SIZE, HOP_LENGTH, INT16, MARGIN, MEL_BINS, PO
 
 
 @cache
-def _window_and_filters(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def window_and_filters(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(window()).to(device), torch.from_numpy(filters()).to(device)
 
 
@@ -47,7 +47,7 @@ def log_mel(clips: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, 1 + S // 160, 80) float32, of which a clip of s samples owns the first 1 + s // 160 frames.
     """
-    hann, triangles = _window_and_filters(clips.device)
+    hann, triangles = window_and_filters(clips.device)
     waveforms = clips.float() / INT16 if clips.dtype == torch.int16 else clips
     spectrum = torch.stft(waveforms, FFT_SIZE, HOP_LENGTH, FFT_SIZE, hann, center=False, return_complex=True)
     power = spectrum.real.square() + spectrum.imag.square()  # (B, 257, F)

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,13 @@ class Waited:
     """Time for which a step had to wait for its data."""
 
     seconds: float = 0.0
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream in which a device's batches are made: one for all epochs and evaluations, since memory that was used
+    in one stream is kept for that stream."""
+    return torch.cuda.Stream(device)
 
 
 class Feed:
@@ -54,7 +62,7 @@ class Feed:
 
     def _copied(self) -> Iterator[tuple[Batch, torch.cuda.Event]]:
         torch.cuda.set_device(self.device)  # a thread begins with the first one
-        side = torch.cuda.Stream(self.device)
+        side = side_stream(self.device)
         for host in self.batches:
             with torch.cuda.stream(side):
                 batch = host.to(self.device, self.front_end)

@@ -1,8 +1,11 @@
 """A split through a network, on one rank or many: the same predictions either way."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
+from jointfuse.data.batch import Batch
 from jointfuse.data.feed import Feed
 from jointfuse.data.plan import evaluation_batches
 from jointfuse.data.reader import UtteranceReader
@@ -25,17 +28,24 @@ def predict(network: Network, reader: UtteranceReader, workers: int) -> Predicti
     lengths = reader.positions(network.settings.vision.patch)[:]
     training = network.training
     network.eval()
-    rows: list[tuple[torch.Tensor, ...]] = []
     planned = evaluation_batches(lengths, EVALUATION_BATCH, world_size(), group_rank())
-    for batch in Feed(stream(reader, planned, workers, pin=device.type == "cuda"), device, reader.front_end):
-        logits, features = network(batch)
-        kept = batch.valid
-        rows.append((batch.ids[kept], batch.labels[kept], logits[kept], features[kept]))
+    valid, *rows = judged(
+        network, Feed(stream(reader, planned, workers, pin=device.type == "cuda"), device, reader.front_end)
+    )
     network.train(training)
-    mine = [torch.cat(part) for part in zip(*rows, strict=True)]
+    kept = valid.nonzero().squeeze(1)
+    mine = [part.index_select(0, kept) for part in rows]
     held = torch.tensor([len(mine[0])], dtype=torch.float64, device=device)
     sizes = [int(number) for (number,) in gather_numbers(held)]
     ids, labels, logits, features = (gather_rows(part, sizes).cpu().numpy() for part in mine)
     order = np.argsort(ids)
     assert np.array_equal(ids[order], np.arange(len(lengths))), "every utterance exactly once"
     return Predictions(labels=labels[order], logits=logits[order], features=features[order])
+
+
+@torch.no_grad()
+def judged(network: Network, batches: Iterable[Batch]) -> list[torch.Tensor]:
+    """Of all utterances in the order they came: valid, ids, labels, logits and features. The host waits for nothing but
+    the batches."""
+    rows = ((batch.valid, batch.ids, batch.labels, *network(batch)) for batch in batches)
+    return [torch.cat(part) for part in zip(*rows, strict=True)]

@@ -18,6 +18,7 @@ from jointfuse.evaluate.predict import predict
 from jointfuse.evaluate.report import Hard, hardest, write_report
 from jointfuse.evaluate.scored import Scored, open_scored
 from jointfuse.files import former, read_yaml
+from jointfuse.gpu import choose_kernels
 from jointfuse.losses.gather import group_rank
 from jointfuse.model.export import load_model
 
@@ -50,7 +51,10 @@ def evaluate_run(
     model = load_model(run / "best")
     scored = open_scored(model.config, model.labels, model.info.get("corpus"), corpus_path, overrides)
     data, split = scored.settings, scored.corpus.split(split_name)
-    network = model.network.cuda() if torch.cuda.is_available() else model.network
+    network = model.network
+    if torch.cuda.is_available():
+        choose_kernels()
+        network = network.cuda()
     reader = UtteranceReader(split, data, model.tokenizer, network.reads_audio, model.mel_mean, model.mel_deviation)
     predictions = predict(network, reader, data.workers)
     scores = score(predictions.labels, predictions.logits.argmax(axis=1), model.labels)

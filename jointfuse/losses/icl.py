@@ -352,7 +352,7 @@ class InterClassContrastiveLoss(nn.Module):
             self.register_buffer("past_labels", torch.zeros(queue, dtype=torch.long))
             self.register_buffer("past_rows", torch.zeros(1, dtype=torch.long))
         self.statistics: Statistics | None = None
-        self._filled: int | None = None  # past_rows on the host; None: to be read
+        self._filled: int | None = 0  # past_rows on the host; None: to be read
 
     def tau(self) -> torch.Tensor | float:
         """A tensor (1,) with a gradient where it is trained."""

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from jointfuse.errors import UserError
 from jointfuse.model.packing import packed, unpacked
 
+HEAD_UNIT = 8  # elements, in a GPU's kernels of attention
 # Encoders whose layers see no positions of their own, and MPNet, whose relative bias is supplied here.
 LANGUAGE_FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet")
 
@@ -110,8 +111,8 @@ class Layer(nn.Module):
         if bias is not None:
             allowed = bias.masked_fill(~allowed, -torch.inf)
         dropout = self.attention_dropout if self.training else 0.0
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
-        return attended.transpose(1, 2).flatten(2)
+        function = attention_of_any_width if q.is_cuda else nn.functional.scaled_dot_product_attention
+        return function(q, k, v, attn_mask=allowed, dropout_p=dropout).transpose(1, 2).flatten(2)
 
     def finish(self, rows: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """What the layer makes of its input rows (B, S, D) and what they attended to (B, S, D)."""
@@ -131,6 +132,18 @@ class Layer(nn.Module):
         bucket = MPNetEncoder.relative_position_bucket(place[None] - place[:queries, None])
         bias = self.relative_bias(bucket).permute(2, 0, 1)[None]
         return nn.functional.pad(bias, (0, joint))
+
+
+def attention_of_any_width(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor, dropout_p: float
+) -> torch.Tensor:
+    """Attention by a GPU's fused kernels, which take widths of a multiple of 8: others are padded with zeros. Else
+    torch falls back to one product after another and keeps every probability."""
+    attention, width = nn.functional.scaled_dot_product_attention, q.shape[-1]
+    if not width % HEAD_UNIT:
+        return attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
+    q, k, v = (nn.functional.pad(x, (0, -width % HEAD_UNIT)) for x in (q, k, v))
+    return attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=width**-0.5)[..., :width]
 
 
 def language_layers(model: nn.Module) -> list[Layer]:
