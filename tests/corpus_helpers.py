@@ -18,8 +18,9 @@ import pytest
 import soundfile
 
 from jointfuse.data import build as building
-from jointfuse.data.build import CorpusSpec, build
+from jointfuse.data.build import build
 from jointfuse.data.corpora.table import table_corpus
+from jointfuse.data.rows import CorpusSpec
 
 REPOSITORY = Path(__file__).parent.parent
 COLUMNS = ("dialogue_id", "turn", "speaker", "text", "emotion", "audio")

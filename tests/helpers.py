@@ -13,11 +13,11 @@ import torch
 from jointfuse.config import DataSettings, ModelSettings
 from jointfuse.data import build as building
 from jointfuse.data.batch import Batch, Example, collate
-from jointfuse.data.build import CorpusSpec, Row
 from jointfuse.data.features import FrontEnd
 from jointfuse.data.mixture import AnyCorpus
 from jointfuse.data.plan import Plan
 from jointfuse.data.reader import UtteranceReader
+from jointfuse.data.rows import CorpusSpec, Row
 from jointfuse.data.shards import Corpus
 from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.model.network import Network

@@ -10,10 +10,10 @@ import av
 import numpy as np
 from scipy.signal import resample_poly
 
-from jointfuse.data.build import Row
 from jointfuse.data.corpora.meld import COLUMNS, FOLDERS, LABELS, TABLES
 from jointfuse.data.corpora.spoken import Speech, speak
 from jointfuse.data.parallel import processes
+from jointfuse.data.rows import Row
 
 # Dialogues of four turns. 110 (dev) and 125 (train) have a fault in the original too; dev's 50 is in no other split.
 DIALOGUES = {"train": (*range(8), 125), "dev": (0, 1, 50, 110), "test": (0, 1, 2)}

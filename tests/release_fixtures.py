@@ -11,8 +11,8 @@ import yaml
 from corpus_helpers import write_clip
 from training_fixtures import RECIPE, train
 
-from jointfuse.data.build import Row
 from jointfuse.data.corpora.spoken import Speech, speak
+from jointfuse.data.rows import Row
 
 # What evaluators write for the codes of IEMOCAP's label files.
 NAMES = {

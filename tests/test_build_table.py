@@ -28,9 +28,10 @@ from corpus_helpers import (
 )
 from scipy.signal import resample_poly
 
-from jointfuse.data.build import CorpusSpec, build, dialogue_keys, locked
+from jointfuse.data.build import build, dialogue_keys, locked
 from jointfuse.data.clips import load_clip, read_clips
 from jointfuse.data.corpora.table import table_corpus
+from jointfuse.data.rows import CorpusSpec
 from jointfuse.data.shards import Corpus
 from jointfuse.data.sound import to_sound
 from jointfuse.data.verify import verify

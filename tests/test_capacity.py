@@ -125,7 +125,8 @@ def every_step(recipe: Path, folder: Path, cases: dict[str, tuple[str, ...]]) ->
 
 def peak_of_small(recipe: Path, folder: Path, settings: list[str]) -> int:
     """Most resident memory in two steps of `small`, above what this process has after a tiny training."""
-    from jointfuse.train.loop import Trainer, _Window
+    from jointfuse.train.loop import Trainer
+    from jointfuse.train.window import Window
 
     with trainer(recipe, folder / "tiny", "train.steps=2") as made:
         made.train()
@@ -137,7 +138,7 @@ def peak_of_small(recipe: Path, folder: Path, settings: list[str]) -> int:
     made = Trainer(config, folder / "small", False)
     Path("/proc/self/clear_refs").write_text("5")
     for made.position.step in (1, 2):
-        made._step(rows, [batch], _Window(made))
+        made._step(rows, [batch], Window(made))
     return status("VmHWM") - before
 
 

@@ -13,7 +13,8 @@ from corpus_helpers import run_tool, small_corpus
 from jointfuse.data.columns import Weights
 from jointfuse.data.index import INDEX_DTYPE, UNLABELLED
 from jointfuse.data.mixture import Mixture
-from jointfuse.data.shards import Corpus, decode_flac
+from jointfuse.data.samples import decode_flac
+from jointfuse.data.shards import Corpus
 from jointfuse.data.stats import corpus_stats
 from jointfuse.errors import UserError
 

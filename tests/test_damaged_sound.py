@@ -14,14 +14,15 @@ import soundfile
 import yaml
 from corpus_helpers import build_here, run_tool, tone, write_clip, write_table
 
-from jointfuse.data.build import FaultyClip, Row
 from jointfuse.data.clips import load_clip, read_clips, read_sound_clips
 from jointfuse.data.corpora.descriptions import read_description
 from jointfuse.data.corpora.files import files_corpus, unusable
 from jointfuse.data.corpora.meld import Clip
 from jointfuse.data.corpora.meld import read_clips as read_meld_clips
 from jointfuse.data.corpora.table import table_corpus
-from jointfuse.data.shards import Corpus, decode_flac
+from jointfuse.data.rows import FaultyClip, Row
+from jointfuse.data.samples import decode_flac
+from jointfuse.data.shards import Corpus
 from jointfuse.data.sound import CANCELLED, CLIPPED, Damaged, MediaError, Undecodable, to_sound
 from jointfuse.data.soundfiles import hear
 from jointfuse.data.verify import verify

@@ -11,7 +11,6 @@ from corpus_helpers import build_here, dialogue_rows, hashes, write_clip, write_
 from release_fixtures import make_iemocap
 
 from jointfuse.data import contents
-from jointfuse.data.build import CorpusSpec, Row
 from jointfuse.data.corpora.descriptions import read_description
 from jointfuse.data.corpora.files import files_corpus
 from jointfuse.data.corpora.iemocap import iemocap_corpus, read_release
@@ -19,6 +18,7 @@ from jointfuse.data.corpora.meld import Clip
 from jointfuse.data.corpora.meld import read_clips as read_meld_clips
 from jointfuse.data.corpora.table import table_corpus
 from jointfuse.data.corpora.unpack import unpack
+from jointfuse.data.rows import CorpusSpec, Row
 from jointfuse.errors import UserError
 
 pytestmark = pytest.mark.required

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from scipy.signal import resample_poly
 
 from jointfuse.data import clips
-from jointfuse.data.build import CorpusSpec, ObservedClip, Row
 from jointfuse.data.clips import OVERLAP, Part, load_clip, read_clips
 from jointfuse.data.corpora.table import table_corpus
 from jointfuse.data.mel import to_pcm
+from jointfuse.data.rows import CorpusSpec, ObservedClip, Row
 from jointfuse.data.shards import Corpus
 from jointfuse.data.sound import CLIPPED, Sound
 from jointfuse.data.soundfiles import hear

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jointfuse.data.clips import load_clip
-from jointfuse.data.shards import INDEX_DTYPE, Corpus, Utterance, _files, _plain_files, write_tar
+from jointfuse.data.samples import Utterance, _files, _plain_files, write_tar
+from jointfuse.data.shards import INDEX_DTYPE, Corpus
 from jointfuse.errors import UserError
 
 

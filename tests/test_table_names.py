@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_build_table import refused
 
-from jointfuse.data.build import CorpusSpec
 from jointfuse.data.corpora.names import known_split, plain_name, plain_text, split_name
 from jointfuse.data.corpora.table import table_corpus
+from jointfuse.data.rows import CorpusSpec
 from jointfuse.errors import UserError
 
 pytestmark = pytest.mark.required

@@ -24,13 +24,14 @@ from rich.table import Table
 
 from jointfuse.bench.device import device_name, mebibytes
 from jointfuse.bench.result import write_result
-from jointfuse.data.build import CorpusSpec, build
+from jointfuse.data.build import build
 from jointfuse.data.clips import load_clip
 from jointfuse.data.corpora.meld import COLUMNS, FOLDERS, LABELS, TABLES, meld_corpus
 from jointfuse.data.corpora.table import table_corpus
 from jointfuse.data.media import read_media
 from jointfuse.data.mel import INT16, SAMPLE_RATE, MelSums, to_pcm
 from jointfuse.data.parallel import cores, processes
+from jointfuse.data.rows import CorpusSpec
 from jointfuse.errors import UserError
 from jointfuse.files import write_text
 

@@ -23,7 +23,8 @@ from jointfuse.data.mel import SAMPLE_RATE
 from jointfuse.data.parallel import cores
 from jointfuse.data.plan import Plan
 from jointfuse.data.reader import UtteranceReader
-from jointfuse.data.shards import Corpus, Split, Utterance, decode_flac
+from jointfuse.data.samples import Utterance, decode_flac
+from jointfuse.data.shards import Corpus, Split
 from jointfuse.data.stream import stream
 from jointfuse.data.tokenizer import train_tokenizer
 from jointfuse.errors import UserError

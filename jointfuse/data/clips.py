@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jointfuse.data.build import FaultyClip, ObservedClip, Row
 from jointfuse.data.mel import SAMPLE_RATE
+from jointfuse.data.rows import FaultyClip, ObservedClip, Row
 from jointfuse.data.sound import EmptyAudio, MediaError, NoAudioTrack, Sound, Undecodable
 from jointfuse.data.soundfiles import hear
 from jointfuse.errors import UserError

@@ -12,7 +12,8 @@ import numpy as np
 from jointfuse.config import DataSettings, MixSettings
 from jointfuse.data.cache import cache_of
 from jointfuse.data.index import UNLABELLED
-from jointfuse.data.shards import Corpus, Split, Utterance, mel_of_training
+from jointfuse.data.samples import Utterance
+from jointfuse.data.shards import Corpus, Split, mel_of_training
 from jointfuse.errors import UserError
 
 

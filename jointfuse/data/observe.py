@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jointfuse.data.mel import INT16
-from jointfuse.data.shards import Utterance
+from jointfuse.data.samples import Utterance
 from jointfuse.data.sound import CLIPPED, CLIPPED_SHARE, FULL_SCALE
 
 SILENT_DB = -60.0  # dB of full scale: a clip whose root mean square is below is silent

@@ -16,7 +16,7 @@ from jointfuse.data.features import FrontEnd
 from jointfuse.data.mel import SAMPLE_RATE, frames_of
 from jointfuse.data.mixture import AnySplit
 from jointfuse.data.plan import Planned
-from jointfuse.data.shards import Utterance
+from jointfuse.data.samples import Utterance
 from jointfuse.data.tokenizer import encode
 from jointfuse.errors import UserError
 

@@ -30,7 +30,8 @@ from jointfuse.data.observe import (
     repeated,
 )
 from jointfuse.data.parallel import cores, processes, progress
-from jointfuse.data.shards import Corpus, Utterance, parse_utterance, read_sidecar
+from jointfuse.data.samples import Utterance, parse_utterance
+from jointfuse.data.shards import Corpus, read_sidecar
 from jointfuse.errors import UserError
 
 

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from jointfuse.data.features import continued, log_mel
 from jointfuse.data.fonts import lettering
 from jointfuse.data.mel import FRAMES_PER_SECOND, SAMPLE_RATE, frames_of
-from jointfuse.data.shards import Corpus, Split, Utterance
+from jointfuse.data.samples import Utterance
+from jointfuse.data.shards import Corpus, Split
 from jointfuse.data.stats import (
     SplitStats,
     corpus_stats,

@@ -1,9 +1,7 @@
 """The training loop: plan, stream, engine, and the evaluations and checkpoints between steps."""
 
 import hashlib
-import math
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
@@ -46,7 +44,7 @@ from jointfuse.train.hold import Hold
 from jointfuse.train.intact import check_data
 from jointfuse.train.objective import Objective
 from jointfuse.train.pool import pool_step
-from jointfuse.train.progress import Display, peak_memory
+from jointfuse.train.progress import Display
 from jointfuse.train.resize import described
 from jointfuse.train.run_folder import (
     BATCHES,
@@ -65,6 +63,7 @@ from jointfuse.train.start import splits_read, starting_mel, starting_tokenizer
 from jointfuse.train.vote import Vote
 from jointfuse.train.watchdog import Watchdog
 from jointfuse.train.whole import Position, agreed_checkpoint
+from jointfuse.train.window import Window
 
 
 class Trainer:
@@ -211,7 +210,7 @@ class Trainer:
     def _epoch(self) -> None:
         """The rest of the current epoch; ends early when steps or patience run out."""
         position = self.position
-        window = _Window(self)
+        window = Window(self)
         for total, micro in self._batches():
             position.step += 1
             position.batch += 1
@@ -267,7 +266,7 @@ class Trainer:
         dist.all_reduce(counted)
         return max(1, int(counted))
 
-    def _step(self, total: int, micro: list[Batch], window: "_Window") -> None:
+    def _step(self, total: int, micro: list[Batch], window: Window) -> None:
         position, settings = self.position, self.config.train
         if settings.record_batches:
             self._record(micro)
@@ -287,7 +286,7 @@ class Trainer:
         row = {"step": self.position.step, "ranks": self.world_size, "ids": ids, "valid": valid}
         note(self.run / BATCHES / f"rank-{self.rank:05d}.jsonl", [row])
 
-    def _micro_steps(self, total: int, micro: list[Batch], window: "_Window") -> torch.Tensor:
+    def _micro_steps(self, total: int, micro: list[Batch], window: Window) -> torch.Tensor:
         """Returns the sum of this rank's losses."""
         pooled, total_loss = None, torch.zeros((), device=self.device)
         if self.engine.module.pools_beforehand:
@@ -417,104 +416,6 @@ class Trainer:
                 self.display.line(
                     describe_longer(self.config.train, position.step, self.steps_before, self.steps, position.warmup)
                 )
-
-
-class _Window:
-    """Figures since the last log line, summed on the device and read by the host only when a line is due."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self._clear()
-
-    def _clear(self) -> None:
-        # L_ERC, L_ICL, cut texts, cut clips, skipped; keys, anchors, counted anchors, positives, negatives and their
-        # similarity
-        self.sums = torch.zeros(12, device=self.trainer.device)
-        self.step = torch.zeros_like(self.sums)  # of the step that is not over yet
-        self.steps, self.broken, self.utterances = 0, 0, 0
-        self.started, self.waited = time.monotonic(), self.trainer.waited.seconds
-
-    def add(self, losses: dict[str, torch.Tensor], batch: Batch) -> None:
-        self.step[0] += losses["erc"]
-        self.step[1] += losses["icl"]
-        self.step[2] += batch.cut_tokens
-        self.step[3] += batch.cut_audio
-        self.step[4] += len(batch.skipped)
-        if "statistics" in losses:
-            *sizes, positives, negatives, positive, negative = losses["statistics"]
-            pairs = [positives, negatives, positive * positives, negative * negatives]
-            self.step[5:] += torch.stack([*sizes, *pairs])
-
-    def end_step(self, total: int, taken: bool) -> None:
-        """Of a step that the optimizer did not take only what was cut and skipped is counted."""
-        if not taken:
-            self.broken += 1
-            self.step[:2], self.step[5:] = 0, 0
-        self.sums += self.step
-        self.step.zero_()
-        self.steps += taken
-        self.utterances += total
-
-    def flush(self) -> None:
-        """Means over ranks and steps to the log. Raises UserError where the loss is no longer finite."""
-        if not self.steps and not self.broken:
-            return
-        trainer, position = self.trainer, self.trainer.position
-        dist.all_reduce(self.sums)
-        erc, icl, cut_texts, cut_clips, skipped, *pools = self.sums.tolist()
-        micro_steps = trainer.world_size * trainer.division.accumulation * self.steps
-        erc, icl = (erc / micro_steps, icl / micro_steps) if self.steps else (math.nan, math.nan)
-        loss = erc + trainer.config.loss.icl_weight * icl
-        if self.steps and not math.isfinite(loss):
-            raise trainer.diverged(f"step {position.step} or one before it: the loss is not finite")
-        self._count_skipped(int(skipped))
-        elapsed = time.monotonic() - self.started
-        rate = self.utterances / elapsed
-        trainer.display.figures(position.step, position.epoch, loss, rate)
-        if trainer.log:
-            norm = trainer.engine.get_global_grad_norm()
-            trainer.log.write(
-                "train",
-                position.step,
-                epoch=position.epoch,
-                loss=loss if self.steps else None,
-                loss_erc=erc if self.steps else None,
-                loss_icl=icl if self.steps else None,
-                learning_rate=trainer.engine.optimizer.param_groups[0]["lr"],
-                gradient_norm=float(norm) if norm is not None and math.isfinite(norm) else None,
-                utterances_per_second=rate,
-                data_wait=(trainer.waited.seconds - self.waited) / elapsed,
-                peak_memory_gib=peak_memory(),
-                cut_texts=int(cut_texts),
-                cut_clips=int(cut_clips),
-                skipped=int(skipped),
-                broken=self.broken,
-                **(_pool_figures(pools, micro_steps) if trainer.engine.module.contrast and self.steps else {}),
-            )
-        self._clear()
-
-    def _count_skipped(self, skipped: int) -> None:
-        trainer = self.trainer
-        trainer.skipped += skipped
-        utterances, most = len(trainer.plan.lengths), trainer.config.data.most_skipped
-        if trainer.skipped > most * utterances:
-            raise UserError(
-                f"{trainer.skipped} of {utterances} utterances could not be read so far in epoch "
-                f"{trainer.position.epoch + 1}, more than data.most_skipped = {most}; {trainer.run / SKIPPED} names "
-                f"them; mend the corpus (`tools/verify_shards.py {trainer.corpus.path}`) and go on with --resume"
-            )
-
-
-def _pool_figures(sums: list[float], pools: int) -> dict[str, float | None]:
-    """What the contrastive loss met: means over pools, and over all pairs of an anchor and a key."""
-    keys, anchors, counted, positives, negatives, positive, negative = sums
-    return {
-        "pool": keys / pools,
-        "counted_anchors": counted / pools,
-        "share_without_partner": 1 - counted / anchors,
-        "positive_similarity": positive / positives if positives else None,
-        "negative_similarity": negative / negatives if negatives else None,
-    }
 
 
 def _size(parameter: torch.nn.Parameter) -> int:

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jointfuse.data.build import CorpusSpec, Fault, Row
 from jointfuse.data.clips import read_sound_clips, words
 from jointfuse.data.corpora.cells import read_table
 from jointfuse.data.corpora.descriptions import SPLITS, FileCorpus, Table, compiled, unknown
 from jointfuse.data.corpora.names import plain_name, plain_text
 from jointfuse.data.corpora.table import UNKNOWN_SPEAKER
+from jointfuse.data.rows import CorpusSpec, Fault, Row
 from jointfuse.data.soundfiles import header_fault
 from jointfuse.errors import UserError
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jointfuse.data.build import CorpusSpec, Fault, FaultyClip, Row
 from jointfuse.data.clips import Clip, read_sound_clips
 from jointfuse.data.corpora.files import some, unusable
+from jointfuse.data.rows import CorpusSpec, Fault, FaultyClip, Row
 from jointfuse.errors import UserError
 
 LABELS = {

@@ -8,8 +8,8 @@ not published. They differ in `happy` alone: counted is which turns of the label
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from jointfuse.data.build import Fault
 from jointfuse.data.corpora.iemocap import LABELS, VIEWS, Release, Turn
+from jointfuse.data.rows import Fault
 from jointfuse.errors import UserError
 
 # Majority labels of the release. 5531 are of the four classes, 7380 of the six.

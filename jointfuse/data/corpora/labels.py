@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from jointfuse.data.build import Fault
 from jointfuse.data.corpora.cells import seconds_of
 from jointfuse.data.corpora.names import plain_name
 from jointfuse.data.corpora.parts import NO_VALUE, Line
+from jointfuse.data.rows import Fault
 from jointfuse.errors import UserError
 
 # More classes than that are no classes: a third of the rows from so many rows on, a tenth from so many classes on.

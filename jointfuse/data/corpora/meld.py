@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from jointfuse.data.build import CorpusSpec, Fault, FaultyClip, ObservedClip, Row
 from jointfuse.data.corpora.cells import csv_rows, seconds_of
 from jointfuse.data.corpora.meld_places import FOLDERS, TABLES, find_places
 from jointfuse.data.corpora.text import LOST, repair
 from jointfuse.data.media import read_media
 from jointfuse.data.parallel import preload
+from jointfuse.data.rows import CorpusSpec, Fault, FaultyClip, ObservedClip, Row
 from jointfuse.data.sound import Damaged, EmptyAudio, MediaError, NoAudioTrack, Undecodable
 from jointfuse.errors import UserError
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from jointfuse.data.build import Row
 from jointfuse.data.clips import Part
+from jointfuse.data.rows import Row
 from jointfuse.errors import UserError
 
 Splits = dict[str, list[list[Row]]]

@@ -19,8 +19,8 @@ import numpy as np
 import yaml
 from scipy.signal import lfilter, resample_poly
 
-from jointfuse.data.build import CorpusSpec, Row
 from jointfuse.data.mel import SAMPLE_RATE
+from jointfuse.data.rows import CorpusSpec, Row
 from jointfuse.errors import UserError
 
 # emotion: (share of utterances, words, voice)

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jointfuse.data.build import CorpusSpec, Fault, Row
 from jointfuse.data.clips import read_clips
 from jointfuse.data.corpora.cells import seconds_of
 from jointfuse.data.corpora.labels import (
@@ -19,6 +18,7 @@ from jointfuse.data.corpora.labels import (
 )
 from jointfuse.data.corpora.parts import Line, describe_parts, read_parts
 from jointfuse.data.corpora.recordings import with_parts
+from jointfuse.data.rows import CorpusSpec, Fault, Row
 from jointfuse.errors import UserError
 
 UNKNOWN_SPEAKER = "unknown"
