@@ -112,15 +112,6 @@ def test_the_kernels_agree_with_float64(n: int, width: int, normalize: bool, dty
         torch.testing.assert_close(found.double(), expected, rtol=digits, atol=digits * float(expected.abs().max()))
 
 
-@interpreted
-def test_a_pool_wider_than_one_panel_of_coefficients_is_pulled_panel_by_panel(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = {"features": torch.randn(40, 9).double(), "labels": torch.arange(40) % 3, "tau": 0.3, "normalize": True}
-    whole = ours(case, "triton", torch.float32)
-    monkeypatch.setattr(triton, "PANEL_BYTES", 7 * 40 * 4)  # seven rows, which no tile divides
-    for found, expected in zip(ours(case, "triton", torch.float32), whole, strict=True):
-        torch.testing.assert_close(found, expected)
-
-
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_row_without_partner_between_equal_rows_leaves_no_nan_at_a_small_temperature(
@@ -347,6 +338,20 @@ def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(2):
             contrast(torch.randn(4, 2), torch.tensor([0, 0, 1, 1]), 0.1)
     assert [record.getMessage() for record in caplog.records] == ["contrastive loss: backend tiled on cpu"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels can be built here")
+def test_auto_does_without_kernels_where_they_cannot_be_built_and_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from jointfuse.losses import backends
+
+    backends._triton_works.cache_clear()
+    with caplog.at_level("WARNING", logger="jointfuse"):
+        for _ in range(2):
+            assert backend("auto", torch.device("cuda"), torch.bfloat16, 4096) is tiled
+    (record,) = caplog.records
+    assert record.getMessage().startswith("contrastive loss: Triton cannot build kernels here (")
 
 
 @pytest.mark.parametrize(

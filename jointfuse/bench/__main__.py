@@ -1,4 +1,4 @@
-"""python -m jointfuse.bench icl | block | step | checkpointing | data | plan | build"""
+"""python -m jointfuse.bench icl | block | step | checkpointing | data | plan | build | kernels"""
 
 import sys
 from pathlib import Path
@@ -131,6 +131,20 @@ def build(
     from jointfuse.bench.build import benchmark_build
 
     benchmark_build(clips, clip_seconds, rate, media, workers, builds, out, _console())
+
+
+@app.command()
+def kernels(
+    capability: Annotated[int, typer.Option(help="of the GPU they are compiled for: 80 or 90")] = 90,
+    everything: Annotated[bool, typer.Option(help="every kernel x precision x tile x width")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="result file; build/bench/kernels-smNN-DEVICE.json unless set")
+    ] = None,
+) -> None:
+    """The loss's kernels compiled without a GPU: registers, spills, instructions; and the loss's time on paper."""
+    from jointfuse.bench.kernels import benchmark_kernels
+
+    benchmark_kernels(capability, everything, out, _console())
 
 
 def _console() -> Console:

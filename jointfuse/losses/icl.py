@@ -19,6 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from jointfuse.losses.backends import backend as choose_backend
+from jointfuse.losses.class_sums import class_sums
 from jointfuse.losses.gather import gather_numbers, gather_rows, group_rank
 
 NORM_FLOOR = 1e-12  # a row of zeros stays one, and gets no gradient
@@ -83,13 +84,15 @@ class _InterClassContrast(torch.autograd.Function):
             found, classes = torch.unique(pool_labels, return_inverse=True)
             number_of_classes = len(found)
         counts = _counts(classes, number_of_classes)  # (C,)
-        sums = _class_sums(pool, classes, len(counts), tau.dtype)  # (C, D)
+        sums = class_sums(pool, classes, len(counts), tau.dtype)  # (C, D)
         partners = counts[classes] - 1  # (K,)
         counted = partners > 0
         counted[rows:].fill_(False)  # keys of the queue are no anchors
         number = counted.sum()
         g = counted.to(tau.dtype) / number.clamp_min(1)  # (K,)
-        w = g / partners.clamp_min(1)  # (K,)
+        # (C,): the weight g_i / |P(i)| that all anchors of a class have.
+        w = (counts > 1).to(tau.dtype) / number.clamp_min(1) / (counts - 1).clamp_min(1)
+        anchors = sums if queue is None else class_sums(current, classes[:rows], len(counts), tau.dtype)  # (C, D)
 
         lse = kernels.log_sum_exp(pool, start, n, tau)
         # A pool of one row has no log-sum-exp; that of a queue's key is never used: exp(s - lse) must not overflow
@@ -102,33 +105,36 @@ class _InterClassContrast(torch.autograd.Function):
         mine = pool[own].to(tau.dtype)
         positive = torch.linalg.vecdot(sums[classes[own]] - mine, mine) / tau / partners[own].clamp_min(1)  # (n,)
         contrasts = positive - lse  # (n,), what is left of two large numbers
-        ctx.save_for_backward(pool, classes, sums, tau, norms, g, w, every_lse, contrasts)
-        ctx.own, ctx.rows, ctx.ranks, ctx.kernels = own, rows, ranks, kernels
+        # The second sum of the gradient is -sum_{j in P(i)} (w_i + w_j) z_j, the keys of a queue having w_j = 0.
+        drawn = sums.mul(w[:, None]).addcmul_(w[:, None], anchors)  # (C, D), z_i's own part not yet taken out
+        ctx.save_for_backward(pool, classes[own], drawn, w, tau, norms, g, every_lse, contrasts)
+        ctx.own, ctx.ranks, ctx.kernels = own, ranks, kernels
         sizes_of_pool = torch.stack([tau.new_full((), len(pool)), tau.new_full((), rows), number.to(tau.dtype)])
-        outputs = torch.cat([sizes_of_pool, _pairs(pool, classes, counts, sums, rows)]), current, current_labels
+        outputs = (
+            torch.cat([sizes_of_pool, _pairs(pool, classes, counts, sums, anchors, rows)]),
+            current,
+            current_labels,
+        )
         ctx.mark_non_differentiable(*outputs)
         return -ranks * torch.dot(g[own], contrasts), *outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-        pool, classes, sums, tau, norms, g, w, lse, contrasts = ctx.saved_tensors
+        pool, classes, drawn, w, tau, norms, g, lse, contrasts = ctx.saved_tensors
         own, n = ctx.own, ctx.own.stop - ctx.own.start
         scale = ctx.ranks * upstream / tau
         learnt = ctx.needs_input_grad[1]
         gradient, entropy = ctx.kernels.pull(pool, own.start, n, tau, lse, g, learnt)
         z = pool[own].to(tau.dtype)
-        # The second sum of the gradient, -sum_{j in P(i)} (w_i + w_j) z_j, the rows of a queue having w_j = 0.
-        weighted = _class_sums(pool[: ctx.rows], classes[: ctx.rows], len(sums), tau.dtype, w[: ctx.rows])
-        mine, w_own = classes[own], w[own, None]
-        gradient.sub_(weighted[mine]).addcmul_(w_own, sums[mine], value=-1).addcmul_(w_own, z, value=2).mul_(scale)
+        gradient.sub_(drawn[classes]).addcmul_(w[classes, None], z, value=2).mul_(scale)
         if norms is not None:
             radial = torch.linalg.vecdot(gradient, z)[:, None]
             gradient.addcmul_(radial, z, value=-1).div_(norms.clamp_min(NORM_FLOOR)).mul_(norms > NORM_FLOOR)
         tau_gradient = None
         if learnt:
             # sum_j p_ij s_ij is lse_i less the entropy of p_i.
-            tau_gradient = (torch.dot(g[own], contrasts + entropy) * scale).reshape(tau.shape)
+            tau_gradient = ((torch.dot(g[own], contrasts) + entropy) * scale).reshape(tau.shape)
         return gradient.to(pool.dtype), tau_gradient, None, None, None, None, None, None, None
 
 
@@ -137,26 +143,20 @@ def _counts(classes: torch.Tensor, number: int) -> torch.Tensor:
     return classes.new_zeros(number).index_add_(0, classes, torch.ones_like(classes))
 
 
-def _class_sums(
-    rows: torch.Tensor, classes: torch.Tensor, number: int, dtype: torch.dtype, weights: torch.Tensor | None = None
-) -> torch.Tensor:
-    """(number, D): the sum of each class's rows (M, D), weighted by (M,)."""
-    precise = rows.to(dtype)
-    if weights is not None:
-        precise = precise * weights[:, None]
-    return precise.new_zeros(number, rows.shape[1]).index_add_(0, classes, precise)
-
-
 def _pairs(
-    pool: torch.Tensor, classes: torch.Tensor, counts: torch.Tensor, sums: torch.Tensor, rows: int
+    pool: torch.Tensor,
+    classes: torch.Tensor,
+    counts: torch.Tensor,
+    sums: torch.Tensor,
+    anchor_sums: torch.Tensor,
+    rows: int,
 ) -> torch.Tensor:
     """(4,): positives, negatives, and the mean z_i.z_j of either, over anchors i and other keys j."""
-    current, dtype = classes[:rows], sums.dtype
-    anchors = _counts(current, len(counts))  # (C,)
-    by_class = _class_sums(pool[:rows], current, len(counts), dtype) if rows < len(pool) else sums
+    dtype = sums.dtype
+    anchors = _counts(classes[:rows], len(counts))  # (C,)
     itself = torch.linalg.vector_norm(pool[:rows], dtype=dtype) ** 2
-    same = torch.linalg.vecdot(by_class, sums).sum() - itself
-    other = torch.dot(by_class.sum(0), sums.sum(0)) - same - itself
+    same = torch.linalg.vecdot(anchor_sums, sums).sum() - itself
+    other = torch.dot(anchor_sums.sum(0), sums.sum(0)) - same - itself
     positives = (anchors * (counts - 1)).sum()
     negatives = rows * (len(pool) - 1) - positives
     numbers = torch.stack([positives, negatives]).to(dtype)

@@ -22,8 +22,8 @@ def pull(
     log_p = s - lse[own, None]
     p = log_p.exp()
     coefficients = g[own, None] * p + g * (s - lse).exp()
-    entropy = -(p * log_p.masked_fill(s.isneginf(), 0)).sum(dim=1) if with_entropy else None
-    return coefficients @ pool, entropy
+    entropy = -torch.linalg.vecdot(p, log_p.masked_fill(s.isneginf(), 0)) if with_entropy else None
+    return coefficients @ pool, None if entropy is None else torch.dot(g[own], entropy)
 
 
 def _precise(pool: torch.Tensor) -> torch.Tensor:

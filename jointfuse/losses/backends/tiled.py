@@ -68,7 +68,7 @@ def pull(
         pulled[row].addmm_(coefficients, _precise(pool[j]))
         if mirrored:
             pulled[column].addmm_(coefficients.T, _precise(pool[i]))
-    return pulled, entropy
+    return pulled, None if entropy is None else torch.dot(g[start : start + n], entropy)
 
 
 def _from(rows: slice, start: int) -> slice:
