@@ -35,7 +35,7 @@ hypothesis.settings.load_profile("repeatable")
 # These begin, so that none of them runs alone at the end of several processes: files that wait for programs and files
 # that compute, by turns.
 LONGEST = ["slurm", "capacity", "fake_cuda", "readme", "pools", "interruption", "switches", "two_hosts"]
-LONGEST += ["accumulation", "saves"]
+LONGEST += ["kernels_compile", "accumulation", "saves"]
 
 _skipped: dict[str, str] = {}  # required tests that did not run, and why
 

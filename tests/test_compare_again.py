@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from jointfuse.cli import app
 from jointfuse.config import load_config, with_overrides
 from jointfuse.data.mixture import corpus_digest, open_data
-from jointfuse.errors import UserError
+from jointfuse.errors import ReadableError
 from jointfuse.evaluate.run import Evaluation
 from jointfuse.experiments import modalities
 from jointfuse.files import write_json
@@ -55,7 +55,7 @@ class Desk:
         self.trained, self.scored = [], []
         command = ["compare", "--recipe", str(self.recipe), "--out", str(self.out), *arguments]
         answer = CliRunner().invoke(app, command)
-        if isinstance(answer.exception, UserError):
+        if isinstance(answer.exception, ReadableError):
             assert "\n" not in str(answer.exception)
             return str(answer.exception)
         assert answer.exit_code == 0, answer.output

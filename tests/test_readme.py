@@ -27,7 +27,9 @@ SHORTER = {
     "python tools/build_shards.py table all.csv --out corpora/mine": {},
     "python tools/verify_shards.py corpora/mine": {},
     "python tools/build_shards.py meld MELD.Raw --out corpora/meld": {"corpora/meld": "corpora/meld --text-only"},
-    "python tools/build_shards.py iemocap IEMOCAP_full_release --out corpora/iemocap": {},
+    "python tools/build_shards.py iemocap IEMOCAP_full_release --out corpora/iemocap": {
+        "corpora/iemocap": "corpora/iemocap --partial"  # a clip a dialogue
+    },
     "python tools/build_shards.py ravdess RAVDESS --out corpora/ravdess": {},
     "python tools/build_shards.py files crema-d.yaml AudioWAV --out corpora/crema-d": {},
     "python tools/shard_stats.py corpora/mine --page corpora/mine.html": {},

@@ -14,7 +14,7 @@ files) SOAK_FILES=${2:-2000} .venv/bin/python -m pytest -q --timeout 7200 tests/
 plan) SOAK_PLAN=1 .venv/bin/python -m pytest -q tests/test_capacity.py ;;
 kernels) SOAK_KERNELS=1 .venv/bin/python -m pytest -q tests/test_kernels_compile.py ;;
 *)
-    sed -n '2,6s/^# //p' "$0" >&2
+    sed -n '2,7s/^# //p' "$0" >&2
     exit 2
     ;;
 esac

@@ -10,7 +10,6 @@ from jointfuse.errors import UserError
 from jointfuse.files import read_json, read_yaml
 from jointfuse.train.checkpoint import FREE
 from jointfuse.train.deepspeed_file import read_deepspeed_file
-from jointfuse.train.whole import latest_checkpoint
 
 # Settings that a run may change while it goes on, and that decide which model comes out of it.
 DECIDING = {"train.steps", "train.epochs", "train.evaluate_every", "train.patience"}
@@ -75,8 +74,8 @@ def _corpus(run: Path) -> str:
     model = run / "best" / "model.json"
     if model.exists() and (digest := read_json(model, _Model, WAY_OUT).info.corpus):
         return digest
-    checkpoint = latest_checkpoint(run)
-    return read_json(checkpoint / "position.json", _OfCorpus, WAY_OUT).corpus if checkpoint else ""
+    positions = sorted((run / "checkpoints").glob("step-*/position.json"))
+    return read_json(positions[-1], _OfCorpus, WAY_OUT).corpus if positions else ""
 
 
 class _OfCorpus(BaseModel):
