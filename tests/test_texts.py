@@ -14,7 +14,7 @@ from distributed import run_ranks
 from helpers import reader_of
 from training_fixtures import SIZES, Trained, corpus, recipe, train
 
-from jointfuse.data import shards
+from jointfuse.data import samples
 from jointfuse.data.corpora.table import table_corpus
 from jointfuse.data.mixture import Mixture
 from jointfuse.data.shards import Corpus
@@ -89,7 +89,7 @@ def test_a_tokenizer_is_trained_without_a_clip_read_or_decoded(corpus: Path, mon
         raise AssertionError("a clip was decoded")
 
     monkeypatch.setattr(os, "pread", counted)
-    monkeypatch.setattr(shards, "decode_flac", refuse)
+    monkeypatch.setattr(samples, "decode_flac", refuse)
     assert [split.text(id) for id in range(len(split))] == expected
     sizes.clear()
     train_tokenizer(split, 300)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from jointfuse.bench import bound
 from jointfuse.bench.ahead import DTYPES, INTEGERS, Case, Compiled, compile_all
-from jointfuse.bench.result import write_result
+from jointfuse.bench.result import file_safe, write_result
 from jointfuse.errors import UserError
 from jointfuse.losses.backends.tiles import INTERPRETED, KERNELS, tiles
 
@@ -83,7 +83,7 @@ def benchmark_kernels(capability: int, everything: bool, out: Path | None, conso
     figures |= {"capability": capability, "triton": triton.__version__, "kernels": rows}
     if capability == 90:
         figures |= _prediction(console)
-    out = out or Path("build/bench") / f"kernels-sm{capability}-triton-{triton.__version__}.json"
+    out = out or Path("build/bench") / f"kernels-sm{capability}-{file_safe(f'triton {triton.__version__}')}.json"
     return write_result(f"kernels-sm{capability}", figures, out, console)
 
 
