@@ -133,6 +133,19 @@ def test_an_index_that_points_nowhere_is_named_by_whoever_reads_the_entry(
         assert str(caught.value).endswith("; copy the corpus again or build it again")
 
 
+@pytest.mark.parametrize("more", [-512, -200, 1, 200, 346, 511, 512])
+def test_an_index_that_ends_a_sample_elsewhere_is_named_or_changes_nothing(copy: Path, more: int) -> None:
+    whole = Corpus.open(copy).split("train").sample(0)
+    rewrite_index(copy / "train" / "index.bin", 0, size=int(Corpus.open(copy).split("train").index[0]["size"]) + more)
+    try:
+        sample = Corpus.open(copy).split("train").sample(0)
+    except UserError as error:
+        assert "shard-000000.tar: sample" in str(error)
+    else:
+        assert (sample.text, sample.meta) == (whole.text, whole.meta)
+        assert np.array_equal(sample.waveform, whole.waveform)
+
+
 @pytest.mark.parametrize("columns", [{"speaker": 10**9}, {"dialogue": 4 * 10**9}, {"shard": 1}])
 def test_an_index_out_of_order_is_refused_before_it_is_counted(copy: Path, columns: dict[str, int]) -> None:
     rewrite_index(copy / "dev" / "index.bin", 2, **columns)

@@ -163,7 +163,7 @@ def _plain_files(data: bytes) -> list[tuple[str, bytes]] | None:
             return None
         begin += tarfile.BLOCKSIZE
         end = begin + size
-        if header[156:157] != tarfile.REGTYPE or header[345] or end > len(data):
+        if len(header) < tarfile.BLOCKSIZE or header[156:157] != tarfile.REGTYPE or header[345] or end > len(data):
             return None
         files.append((name, data[begin:end]))
         begin = end + -size % tarfile.BLOCKSIZE
