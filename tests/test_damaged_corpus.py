@@ -137,10 +137,13 @@ def test_an_index_that_points_nowhere_is_named_by_whoever_reads_the_entry(
 def test_an_index_that_ends_a_sample_elsewhere_is_named_or_changes_nothing(copy: Path, more: int) -> None:
     whole = Corpus.open(copy).split("train").sample(0)
     rewrite_index(copy / "train" / "index.bin", 0, size=int(Corpus.open(copy).split("train").index[0]["size"]) + more)
+    message = ""
     try:
         sample = Corpus.open(copy).split("train").sample(0)
     except UserError as error:
-        assert "shard-000000.tar: sample" in str(error)
+        message = str(error)
+    if message:
+        assert "shard-000000.tar: sample" in message
     else:
         assert (sample.text, sample.meta) == (whole.text, whole.meta)
         assert np.array_equal(sample.waveform, whole.waveform)
