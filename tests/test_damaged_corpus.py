@@ -55,6 +55,7 @@ def rewrite_index(path: Path, row: int, **columns: int) -> None:
         (lambda i: i["splits"]["dev"]["shards"][0].update(sha256="00"), "splits.dev.shards.0.sha256: "),
         (lambda i: i["splits"].update({"../dev": i["splits"].pop("dev")}), "splits.../dev: '../dev' leads outside"),
         (lambda i: i.pop("speakers"), "speakers: Field required; "),
+        (lambda i: i.update(splits={}), "splits: there is none; "),
     ],
 )
 def test_a_corpus_description_that_cannot_be_is_refused_with_its_place(
@@ -65,6 +66,11 @@ def test_a_corpus_description_that_cannot_be_is_refused_with_its_place(
         Corpus.open(copy)
     assert str(caught.value).startswith(f"{copy / 'corpus.json'}: {says}")
     assert str(caught.value).endswith("; copy the corpus again or build it again")
+
+
+def test_mel_statistics_without_a_training_split_are_nobodys(copy: Path) -> None:
+    rewrite(copy / "corpus.json", lambda info: info["splits"].pop("train"))
+    assert Mixture([(Corpus.open(copy), None)], {}).mel is None
 
 
 def test_what_corpus_json_holds_besides_comes_back_as_it_is(copy: Path) -> None:

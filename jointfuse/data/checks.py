@@ -11,7 +11,9 @@ CHUNK = 2**20  # rows of an index looked at together
 
 
 def contradictions(info: dict[str, Any]) -> Iterator[str]:
-    """Where the counts of corpus.json do not add up, a line each."""
+    """Where corpus.json contradicts itself, a line each."""
+    if not info["splits"]:
+        yield "splits: there is none"
     speakers = set(info["speakers"])
     for name, split in info["splits"].items():
         shards, counts, lacking = split["shards"], split["label_counts"], split["lacking"]

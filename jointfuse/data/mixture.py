@@ -202,7 +202,7 @@ class Mixture:
 
 def _pooled(corpora: Sequence[Corpus]) -> tuple[float, float] | None:
     """Mel mean and deviation over the training clips of all corpora, by their seconds."""
-    held = [(_labelled_seconds(c), c) for c in corpora if c.mel is not None]
+    held = [(_labelled_seconds(c), c) for c in corpora if c.mel is not None and "train" in c.splits]
     if len(held) < 2:
         return held[0][1].mel if held else None
     seconds = sum(own for own, _ in held)
